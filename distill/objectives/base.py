@@ -1,0 +1,119 @@
+"""The interface of objectives: a new idea is a new file, and a class_path in a YAML.
+
+Shape legend: B batch, N sites, K codes, L vectors of width d.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from softgen.data.base import Batch
+from softgen.models.base import MaskedDiffusionModel
+from softgen.models.conditions import Condition
+from softgen.models.generator import OneStepGenerator
+from softgen.random import SampleRandom
+from softgen.tokenizers.base import ImageTokenizer
+from softgen.training.optimization import ParameterGroup
+
+
+@dataclass(frozen=True)
+class DistillState:
+    """One on-policy pass of the student, which every objective of the step shares.
+
+    Attributes:
+        student: The generator in training.
+        teacher: Frozen; gradients reach its inputs, never its weights.
+        tokenizer: Frozen, or None where no objective asked for images.
+        condition: B samples.
+        logits: The student's, (B, N, K), with gradient.
+        tokens: Codes sampled from them, (B, N).
+        batch: What the data module gave.
+        step: Optimizer steps done so far.
+        noise: Makes the draws of a named stream, one row a sample.
+    """
+
+    student: OneStepGenerator
+    teacher: MaskedDiffusionModel
+    tokenizer: ImageTokenizer | None
+    condition: Condition
+    logits: Tensor
+    tokens: Tensor
+    batch: Batch
+    step: int
+    noise: Callable[[str], SampleRandom]
+
+
+@dataclass(frozen=True)
+class ObjectiveLosses:
+    """What one objective adds to a step.
+
+    Attributes:
+        generator: Scalar whose gradient moves the student (before the objective's weight).
+        critic: Scalar whose gradient moves the critic alone, or None.
+        logs: Scalars to log.
+    """
+
+    generator: Tensor
+    critic: Tensor | None = None
+    logs: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Objective(nn.Module, ABC):
+    """One term of L_gen = sum_i w_i L_i, and the critic that it needs, if any.
+
+    The two losses come from one call, so that whatever both need (Di[M]O's auxiliary logits) is computed once. The
+    generator's term must not reach the critic's weights, nor the critic's term the student's: detach.
+
+    Args:
+        weight: w_i, at least 0.
+
+    Attributes:
+        name: Used in logs, error messages and the names of optimizer groups.
+        needs_images: Whether the batch must hold real images or tokens.
+        needs_tokenizer: Whether images are decoded.
+    """
+
+    name: str
+    needs_images: bool = False
+    needs_tokenizer: bool = False
+
+    def __init__(self, *, weight: float = 1.0) -> None:
+        super().__init__()
+        if not weight >= 0:
+            raise ValueError(f"{type(self).__name__}.weight: expected a number of at least 0, got {weight}")
+        self.weight = weight
+
+    def setup(self, teacher: MaskedDiffusionModel, tokenizer: ImageTokenizer | None) -> None:  # noqa: B027
+        """Build the critic from the frozen teacher; called once, before the optimizer is made.
+
+        Raises:
+            ValueError: If this objective cannot work with these models.
+        """
+
+    @abstractmethod
+    def forward(self, state: DistillState) -> ObjectiveLosses:
+        """The losses of one step."""
+
+    def parameter_groups(self) -> Iterable[ParameterGroup]:
+        """The critic's optimizer groups; none for an objective without a critic."""
+        return ()
+
+    def extra_repr(self) -> str:
+        """The weight, for printing."""
+        return f"weight={self.weight}"
+
+
+def with_value_and_gradient(logits: Tensor, gradient: Tensor, value: Tensor) -> Tensor:
+    """A scalar that is `value` forward and whose gradient on `logits` is exactly `gradient`.
+
+    Args:
+        logits: Any shape, with gradient.
+        gradient: The shape of the logits, without.
+        value: Scalar, what the loss reads.
+    """
+    with torch.no_grad():
+        offset = value - (logits * gradient).sum()
+    return (logits * gradient).sum() + offset

@@ -1,0 +1,133 @@
+"""Di[M]O: match the teacher on the student's own, re-masked samples (arXiv 2503.15457)."""
+
+import copy
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from distill.divergence import generalised_jeffreys
+from distill.objectives.base import DistillState, Objective, ObjectiveLosses, with_value_and_gradient
+from softgen.distributed import masked_mean, mean_over_ranks
+from softgen.guidance import check_guidance, guided_logits
+from softgen.masking import MaskLaw, draw_mask_ratio, exact_mask, mask_counts
+from softgen.models.base import MaskedDiffusionModel
+from softgen.tokenizers.base import ImageTokenizer
+from softgen.training.optimization import OptimizerConfig, ParameterGroup
+from softgen.training.targets import hard_cross_entropy
+
+
+class DiMO(Objective):
+    """Distribution matching on masked states of the student's own tokens.
+
+    The auxiliary model learns the student's distribution; the student's logits move along the gradient of the
+    divergence between auxiliary and teacher at the masked sites.
+
+    Args:
+        beta: Generalised Jeffreys: 0 forward KL, 1 reverse KL, -0.2 in a published recipe.
+        guidance: Scale of the teacher's classifier-free guidance; 1 is off.
+        mask_law: Of the re-mask ratio.
+        teacher_temperature: Divides the teacher's logits, above 0.
+        auxiliary_temperature: Divides the auxiliary's logits in the divergence, above 0.
+        reduction: `sum` over masked sites, then the mean over the batch (published); `mean` over both.
+        auxiliary_optimizer: Settings of the auxiliary model; by default those of the student.
+        auxiliary_label_smoothing: Of its cross-entropy, in [0, 1].
+        freeze_embedding: Keep its token embedding as the teacher's.
+        weight: Of this term in the summed loss.
+    """
+
+    name = "dimo"
+
+    def __init__(
+        self,
+        *,
+        beta: float = 0.0,
+        guidance: float = 2.0,
+        mask_law: MaskLaw = "arccos",
+        teacher_temperature: float = 1.0,
+        auxiliary_temperature: float = 1.0,
+        reduction: Literal["sum", "mean"] = "sum",
+        auxiliary_optimizer: OptimizerConfig | None = None,
+        auxiliary_label_smoothing: float = 0.1,
+        freeze_embedding: bool = True,
+        weight: float = 1.0,
+    ) -> None:
+        super().__init__(weight=weight)
+        for name, value in (
+            ("teacher_temperature", teacher_temperature),
+            ("auxiliary_temperature", auxiliary_temperature),
+        ):
+            if not value > 0:
+                raise ValueError(f"DiMO.{name}: expected a number above 0, got {value}")
+        if not 0 <= auxiliary_label_smoothing <= 1:
+            raise ValueError(
+                f"DiMO.auxiliary_label_smoothing: expected a number in [0, 1], got {auxiliary_label_smoothing}"
+            )
+        if reduction not in ("sum", "mean"):
+            raise ValueError(f"DiMO.reduction: expected sum or mean, got {reduction!r}")
+        draw_mask_ratio(mask_law, torch.zeros(1))
+        if auxiliary_optimizer is not None:
+            auxiliary_optimizer.check(key="DiMO.auxiliary_optimizer")
+        self.beta = beta
+        self.guidance = guidance
+        self.mask_law = mask_law
+        self.teacher_temperature = teacher_temperature
+        self.auxiliary_temperature = auxiliary_temperature
+        self.reduction = reduction
+        self.auxiliary_optimizer = auxiliary_optimizer
+        self.auxiliary_label_smoothing = auxiliary_label_smoothing
+        self.freeze_embedding = freeze_embedding
+        self.auxiliary: MaskedDiffusionModel
+
+    def setup(self, teacher: MaskedDiffusionModel, tokenizer: ImageTokenizer | None) -> None:
+        """The auxiliary model starts as a copy of the teacher."""
+        check_guidance(teacher, self.guidance, key="DiMO.guidance")
+        self.auxiliary = copy.deepcopy(teacher).requires_grad_().train()
+        if self.freeze_embedding:
+            for parameter in self.auxiliary.embedding_parameters():
+                parameter.requires_grad_(requires_grad=False)
+
+    def forward(self, state: DistillState) -> ObjectiveLosses:
+        """Re-mask, compare auxiliary and teacher, train the auxiliary on the student's tokens."""
+        mask = self._remask(state)
+        masked_tokens = state.tokens.masked_fill(mask, state.teacher.mask_id)
+        with torch.no_grad():
+            teacher_logits = guided_logits(
+                state.teacher, state.teacher.embed(masked_tokens), state.condition, scale=self.guidance
+            )
+        auxiliary_logits = self.auxiliary(self.auxiliary.embed(masked_tokens), state.condition)
+
+        divergence = generalised_jeffreys(
+            auxiliary_logits / self.auxiliary_temperature,
+            teacher_logits / self.teacher_temperature,
+            beta=self.beta,
+        )
+        site_weights = self._site_weights(mask).to(divergence.value.dtype)
+        value = (divergence.value * site_weights).sum()
+        gradient = divergence.gradient * site_weights.unsqueeze(-1)
+        cross_entropy = hard_cross_entropy(
+            auxiliary_logits, state.tokens, label_smoothing=self.auxiliary_label_smoothing
+        )
+        return ObjectiveLosses(
+            generator=with_value_and_gradient(state.logits, gradient, value),
+            critic=masked_mean(cross_entropy, mask),
+            logs={"divergence_per_site": masked_mean(divergence.value, mask)},
+        )
+
+    def _remask(self, state: DistillState) -> Tensor:
+        noise = state.noise(self.name)
+        sites = state.teacher.num_sites
+        counts = mask_counts(draw_mask_ratio(self.mask_law, noise.uniform()), sites)
+        return exact_mask(counts, noise.uniform(sites))
+
+    def _site_weights(self, mask: Tensor) -> Tensor:
+        """Weights (B, N) that reduce per-site values to the loss."""
+        if self.reduction == "sum":
+            return mask / mask.shape[0]
+        return mask / mean_over_ranks(mask.sum().float())
+
+    def parameter_groups(self) -> Iterable[ParameterGroup]:
+        """One group, `auxiliary`."""
+        assert self.auxiliary_optimizer is not None, "SoftDiMO fills in the student's settings"
+        yield ParameterGroup("auxiliary", list(self.auxiliary.parameters()), self.auxiliary_optimizer)

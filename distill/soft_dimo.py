@@ -1,0 +1,195 @@
+"""SoftDiMO: one student pass a step, and the objectives that share it."""
+
+import copy
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from distill.objectives.base import DistillState, Objective
+from distill.objectives.dimo import DiMO
+from softgen.data.base import Batch
+from softgen.loading import check_compatible, load_generator, load_model, load_tokenizer
+from softgen.models.base import MaskedDiffusionModel
+from softgen.models.conditions import Condition
+from softgen.models.generator import OneStepGenerator
+from softgen.pretrained import CONFIG_NAME, resolve_folder
+from softgen.relaxation import decoding_gap, probabilities, sharpness
+from softgen.sampling import sample_categorical
+from softgen.tokenizers.base import ImageTokenizer
+from softgen.training.optimization import OptimizerConfig, ParameterGroup
+from softgen.training.stage import Stage
+
+
+class SoftDiMO(Stage):
+    """Distil a teacher into a one-step generator: L_gen = L_DiMO + w_gan L_GAN + w_reward L_reward.
+
+    Args:
+        teacher: Folder or hub id of the masked diffusion model, or the model itself. Stays frozen.
+        tokenizer: Folder or hub id, or the tokenizer itself; by default the one in the teacher's folder. Used for
+            previews and by objectives that look at images.
+        student: Folder or hub id of a generator to start from; by default a copy of the teacher.
+        objectives: The terms of L_gen, e.g. `distill.DiMO`; by default Di[M]O alone.
+        optimizer: Settings of the student, and of every critic that has none of its own.
+        r_init: Share of masks in the initial tokens, in [0, 1].
+        noise: Weight of the Gaussian noise on the initial embeddings, in [0, 1].
+        temperature: Of the tokens that the student samples in training, above 0.
+        freeze_embedding: Keep the student's token embedding as the teacher's.
+        seed: Seed of all randomness in training.
+    """
+
+    def __init__(
+        self,
+        *,
+        teacher: str | MaskedDiffusionModel,
+        tokenizer: str | ImageTokenizer | None = None,
+        student: str | OneStepGenerator | None = None,
+        objectives: Sequence[Objective] | None = None,
+        optimizer: OptimizerConfig = OptimizerConfig(lr=1e-5),  # noqa: B008 - frozen
+        r_init: float = 0.6,
+        noise: float = 0.1,
+        temperature: float = 1.0,
+        freeze_embedding: bool = True,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(optimizer=optimizer, seed=seed)
+        if not temperature > 0:
+            raise ValueError(f"model.temperature: expected a number above 0, got {temperature}")
+        self.teacher = load_model(teacher, key="model.teacher") if isinstance(teacher, str) else teacher
+        self.tokenizer = _open_tokenizer(tokenizer, teacher)
+        self.temperature = temperature
+        self.teacher.check(key="model.teacher")
+        self.freeze("teacher", self.teacher)
+        if self.tokenizer is not None:
+            check_compatible(self.teacher, self.tokenizer, key="model.tokenizer")
+            self.freeze("tokenizer", self.tokenizer)
+
+        self.student = _open_student(student, self.teacher, r_init=r_init, noise=noise)
+        self.student.requires_grad_().train()
+        if freeze_embedding:
+            for parameter in self.student.model.embedding_parameters():
+                parameter.requires_grad_(requires_grad=False)
+        self.objectives = nn.ModuleList(objectives if objectives is not None else [DiMO()])
+        if len(self.objectives) == 0:
+            raise ValueError("model.objectives: expected at least one objective, got none")
+        for objective in self._objectives():
+            self._set_up(objective)
+
+    def _set_up(self, objective: Objective) -> None:
+        if objective.needs_tokenizer and self.tokenizer is None:
+            raise ValueError(f"model.tokenizer: expected a tokenizer, since {objective.name} decodes images, got none")
+        if isinstance(objective, DiMO):
+            objective.auxiliary_optimizer = objective.auxiliary_optimizer or self.optimizer_config
+            self.student.metadata.setdefault("guidance", objective.guidance)
+        objective.setup(self.teacher, self.tokenizer)
+
+    def _objectives(self) -> Iterable[Objective]:
+        for objective in self.objectives:
+            assert isinstance(objective, Objective)
+            yield objective
+
+    @property
+    def product(self) -> OneStepGenerator:
+        """The student."""
+        return self.student
+
+    @property
+    def tokenizer_beside(self) -> ImageTokenizer | None:
+        """The tokenizer of the teacher."""
+        return self.tokenizer
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """One on-policy pass of the student, then every objective on it."""
+        state = self._student_pass(batch)
+        losses: dict[str, Tensor] = {}
+        logs: dict[str, Tensor] = {}
+        for objective in self._objectives():
+            result = objective(state)
+            losses[objective.name] = objective.weight * result.generator
+            if result.critic is not None:
+                losses[f"{objective.name}_critic"] = result.critic
+            logs.update({f"{objective.name}_{name}": value for name, value in result.logs.items()})
+        return self.report(batch, losses, logs)
+
+    def _student_pass(self, batch: Batch) -> DistillState:
+        noise = self.noise(batch, "student")
+        condition = self._condition(batch)
+        logits = self.student(self.student.init(noise), condition)
+        tokens = sample_categorical(logits.detach(), noise, temperature=self.temperature)
+        return DistillState(
+            student=self.student,
+            teacher=self.teacher,
+            tokenizer=self.tokenizer,
+            condition=condition,
+            logits=logits,
+            tokens=tokens,
+            batch=batch,
+            step=self.global_step,
+            noise=lambda stream: self.noise(batch, stream),
+        )
+
+    def _condition(self, batch: Batch) -> Condition:
+        if self.teacher.num_classes == 0:
+            return self.teacher.encode(torch.zeros(len(batch["ordinal"]), dtype=torch.long, device=self.device))
+        return self.teacher.encode(batch["label"])
+
+    def parameter_groups(self) -> Iterable[ParameterGroup]:
+        """`student`, and one a critic."""
+        groups = [ParameterGroup("student", list(self.student.parameters()), self.optimizer_config)]
+        for objective in self._objectives():
+            groups.extend(objective.parameter_groups())
+        return groups
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """How sharp the student is, and how far its soft decoding is from its samples."""
+        noise = self.noise(batch, "validation")
+        logits = self.student.logits(self.student.init(noise), self._condition(batch))
+        table = self.tokenizer.codebook if self.tokenizer is not None else None
+        measured = sharpness(logits, table)
+        values = {
+            "val/max_probability": measured.max_probability,
+            "val/entropy": measured.entropy,
+            "val/covariance_trace": measured.covariance_trace,
+        }
+        if self.tokenizer is not None:
+            tokenizer = self.tokenizer
+            values["val/relaxation_gap"] = decoding_gap(
+                probabilities(logits),
+                sample_categorical(logits, noise),
+                decode_soft=lambda probs: tokenizer.decode_embeddings(tokenizer.embed_soft(probs)),
+                decode_hard=tokenizer.decode,
+            )
+        self.log_dict(values, batch_size=len(batch["ordinal"]), sync_dist=True)
+
+    @torch.no_grad()
+    def preview(self, batch: Batch) -> Tensor:
+        """One-step samples under the batch's conditions."""
+        if self.tokenizer is None:
+            raise ValueError("model.tokenizer: expected a tokenizer to decode the preview, got none")
+        small = {**batch, "ordinal": batch["ordinal"][:32]}
+        condition = self._condition(batch)[: len(small["ordinal"])]
+        return self.tokenizer.decode(self.student.sample(condition, self.noise(small, "preview")))
+
+
+def _open_tokenizer(
+    tokenizer: str | ImageTokenizer | None, teacher: str | MaskedDiffusionModel
+) -> ImageTokenizer | None:
+    if isinstance(tokenizer, str):
+        return load_tokenizer(tokenizer, key="model.tokenizer")
+    if tokenizer is not None:
+        return tokenizer
+    if isinstance(teacher, str):
+        folder = resolve_folder(teacher, key="model.teacher")
+        if (folder / "tokenizer" / CONFIG_NAME).is_file():
+            return load_tokenizer(folder, key="model.teacher")
+    return None
+
+
+def _open_student(
+    student: str | OneStepGenerator | None, teacher: MaskedDiffusionModel, *, r_init: float, noise: float
+) -> OneStepGenerator:
+    if isinstance(student, OneStepGenerator):
+        return student
+    if student is not None:
+        return load_generator(student, key="model.student")
+    return OneStepGenerator(copy.deepcopy(teacher), r_init=r_init, noise=noise)

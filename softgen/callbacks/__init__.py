@@ -1,0 +1,19 @@
+"""Lightning callbacks: averaged weights, resume, export, sample grids, progress, and a stop on NaN."""
+
+from softgen.callbacks.checkpoints import ResumeCheckpoint, latest_checkpoint, read_checkpoint
+from softgen.callbacks.ema import StudentEMA
+from softgen.callbacks.export import ExportModel
+from softgen.callbacks.finite import StopOnNonFinite
+from softgen.callbacks.progress import StepProgress
+from softgen.callbacks.samples import SampleGrid
+
+__all__ = [
+    "ExportModel",
+    "ResumeCheckpoint",
+    "SampleGrid",
+    "StepProgress",
+    "StopOnNonFinite",
+    "StudentEMA",
+    "latest_checkpoint",
+    "read_checkpoint",
+]

@@ -1,0 +1,93 @@
+"""Checkpoints to resume from: written whole or not at all, the last few kept."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities import rank_zero_warn
+
+PATTERN = "step_*.ckpt"
+
+
+class ResumeCheckpoint(Checkpoint):
+    """Writes `<run_dir>/checkpoints/step_00000123.ckpt` every n optimizer steps and at the last one.
+
+    A checkpoint is written under another name, flushed to disk and renamed, and older ones go only after that:
+    a run killed at any moment has a checkpoint that loads.
+
+    Args:
+        run_dir: The run's folder.
+        every_n_steps: Optimizer steps between checkpoints, at least 1.
+        keep: How many to keep, at least 1.
+    """
+
+    def __init__(self, *, run_dir: str, every_n_steps: int = 1000, keep: int = 2) -> None:
+        for name, value in (("every_n_steps", every_n_steps), ("keep", keep)):
+            if value < 1:
+                raise ValueError(f"checkpoint.{name}: expected at least 1, got {value}")
+        self.folder = checkpoint_folder(run_dir)
+        self.every_n_steps = every_n_steps
+        self.keep = keep
+        self._last_step = -1
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Do not write again the checkpoint that was just loaded."""
+        self._last_step = trainer.global_step
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Write when it is time."""
+        step = trainer.global_step
+        due = step % self.every_n_steps == 0 or step == trainer.estimated_stepping_batches
+        if due and step != self._last_step:
+            self._last_step = step
+            self._write(trainer, self.folder / f"step_{step:08d}.ckpt")
+
+    def _write(self, trainer: Trainer, target: Path) -> None:
+        scratch = target.with_name(f".{target.name}.partial")
+        trainer.save_checkpoint(scratch)
+        if not trainer.is_global_zero:
+            return
+        if scratch.is_file():
+            with scratch.open("rb") as file:
+                os.fsync(file.fileno())
+        os.replace(scratch, target)
+        for old in sorted(self.folder.glob(PATTERN))[: -self.keep]:
+            old.unlink()
+
+
+def checkpoint_folder(run_dir: str | Path) -> Path:
+    """Where a run keeps its checkpoints."""
+    return Path(run_dir) / "checkpoints"
+
+
+def latest_checkpoint(run_dir: str | Path) -> Path | None:
+    """The newest checkpoint of a run that loads; damaged ones are passed over with a warning."""
+    for path in sorted(checkpoint_folder(run_dir).glob(PATTERN), reverse=True):
+        try:
+            read_checkpoint(path)
+        except ValueError as error:
+            rank_zero_warn(f"Passing over a damaged checkpoint: {error}")
+        else:
+            return path
+    return None
+
+
+def read_checkpoint(path: Path, *, key: str = "ckpt_path") -> dict[str, Any]:
+    """Open a Lightning checkpoint without unpickling objects.
+
+    Raises:
+        ValueError: If the file is missing, truncated or not such a checkpoint.
+    """
+    if not path.is_file():
+        raise ValueError(f"{key}: expected a checkpoint file or 'last', got {str(path)!r}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{key}: expected a whole Lightning checkpoint, got {path} ({reason})") from error
+    if not isinstance(checkpoint, dict) or not {"state_dict", "loops", "optimizer_states"} <= set(checkpoint):
+        raise ValueError(f"{key}: expected a Lightning checkpoint, got {path}, which is something else")
+    return checkpoint

@@ -1,0 +1,131 @@
+"""Averaged weights of the product alone, right after a resume and in validation."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+
+from softgen.training.stage import Stage
+
+
+class StudentEMA(Callback):
+    """Exponential moving average of the stage's product (the student, in distillation).
+
+    Validation, and the model that is left at the end, use the average. Checkpoints hold the raw weights in the
+    module's state and the average in this callback's, whenever they are written.
+
+    Args:
+        decay: In [0, 1); the average of step t uses min(decay, (1 + t) / (10 + t)).
+    """
+
+    def __init__(self, *, decay: float = 0.9999) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f"StudentEMA.decay: expected a number in [0, 1), got {decay}")
+        self.decay = decay
+        self.updates = 0
+        self._last_step = 0
+        self._average: dict[str, Tensor] = {}
+        self._raw: dict[str, Tensor] | None = None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start from the current weights, or from those that a checkpoint restored."""
+        live = _floating(pl_module)
+        if not self._average:
+            self._average = {name: value.detach().clone() for name, value in live.items()}
+        self._average = {name: self._average[name].to(value.device) for name, value in live.items()}
+        self._last_step = trainer.global_step
+
+    @torch.no_grad()
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Move the average, once an optimizer step."""
+        if trainer.global_step == self._last_step:
+            return
+        self._last_step = trainer.global_step
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        live = _floating(pl_module)
+        torch._foreach_lerp_([self._average[name] for name in live], list(live.values()), 1 - decay)
+        self.updates += 1
+
+    @contextmanager
+    def averaged(self, pl_module: LightningModule) -> Iterator[None]:
+        """Within, the product has the averaged weights."""
+        self._swap_in(pl_module)
+        try:
+            yield
+        finally:
+            self._swap_out(pl_module)
+
+    def _swap_in(self, pl_module: LightningModule) -> None:
+        if not self._average or self._raw is not None:
+            return
+        live = _floating(pl_module)
+        self._raw = {name: value.detach().clone() for name, value in live.items()}
+        _copy_into(live, self._average)
+
+    def _swap_out(self, pl_module: LightningModule) -> None:
+        if self._raw is not None:
+            _copy_into(_floating(pl_module), self._raw)
+            self._raw = None
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Validate the average."""
+        self._swap_in(pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Back to the raw weights."""
+        self._swap_out(pl_module)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Test the average."""
+        self._swap_in(pl_module)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Back to the raw weights."""
+        self._swap_out(pl_module)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Predict with the average."""
+        self._swap_in(pl_module)
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Back to the raw weights."""
+        self._swap_out(pl_module)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """A checkpoint written during validation still holds the raw weights."""
+        if self._raw is None:
+            return
+        for name, module in pl_module.named_modules():
+            if module is _product(pl_module):
+                checkpoint["state_dict"].update({f"{name}.{key}": value for key, value in self._raw.items()})
+                return
+
+    def state_dict(self) -> dict[str, Any]:
+        """The average and the number of updates."""
+        return {"updates": self.updates, "average": {name: value.clone() for name, value in self._average.items()}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave."""
+        self.updates = int(state_dict["updates"])
+        self._average = dict(state_dict["average"])
+
+
+def _product(pl_module: LightningModule) -> nn.Module:
+    assert isinstance(pl_module, Stage)
+    return pl_module.product
+
+
+def _floating(pl_module: LightningModule) -> dict[str, Tensor]:
+    """Live parameters and buffers that an average makes sense for, by name."""
+    product = _product(pl_module)
+    trained = {name: value for name, value in product.named_parameters() if value.requires_grad}
+    return {**trained, **{name: value for name, value in product.named_buffers() if value.is_floating_point()}}
+
+
+@torch.no_grad()
+def _copy_into(live: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+    for name, value in live.items():
+        value.copy_(values[name])

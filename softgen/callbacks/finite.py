@@ -1,0 +1,52 @@
+"""Stops a run whose loss is NaN or infinite, with the objective's name and the step."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from softgen.training.stage import Stage
+
+
+class StopOnNonFinite(Callback):
+    """Notes on the device the first step at which each loss is not finite, and looks at the notes now and then.
+
+    So a step never waits for the device, and no checkpoint is written after a bad step unseen.
+
+    Args:
+        check_every: Steps between looks, at least 1.
+    """
+
+    def __init__(self, *, check_every: int = 20) -> None:
+        if check_every < 1:
+            raise ValueError(f"StopOnNonFinite.check_every: expected at least 1, got {check_every}")
+        self.check_every = check_every
+        self._first_bad: dict[str, Tensor] = {}
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Note this step's losses."""
+        assert isinstance(pl_module, Stage)
+        step = trainer.fit_loop.total_batch_idx + 1
+        for name, loss in pl_module.latest_losses.items():
+            noted = self._first_bad.get(name)
+            here = torch.where(torch.isfinite(loss), -1, step)
+            self._first_bad[name] = here if noted is None else torch.where(noted >= 0, noted, here)
+        if step % self.check_every == 0 or trainer.should_stop:
+            self._look()
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Never keep a checkpoint of a broken run."""
+        self._look()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The last look."""
+        self._look()
+
+    def _look(self) -> None:
+        bad = {name: int(step) for name, step in self._first_bad.items() if int(step) >= 0}
+        if bad:
+            name, step = min(bad.items(), key=lambda item: item[1])
+            raise ValueError(f"{name}: expected a finite loss, got NaN or infinity at step {step}")

@@ -1,0 +1,32 @@
+"""Grids of samples, written as PNG at every validation."""
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from softgen.images import save_grid
+from softgen.training.stage import Stage
+
+
+class SampleGrid(Callback):
+    """Writes `<run_dir>/samples/step_000123.png` from the first validation batch, with averaged weights.
+
+    Args:
+        run_dir: The run's folder.
+        columns: Images a row.
+    """
+
+    def __init__(self, *, run_dir: str, columns: int = 16) -> None:
+        self.folder = Path(run_dir) / "samples"
+        self.columns = columns
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        """Draw the grid once a validation, on rank 0."""
+        if batch_idx != 0 or trainer.sanity_checking or not trainer.is_global_zero:
+            return
+        assert isinstance(pl_module, Stage)
+        images = pl_module.preview(batch)
+        save_grid(images, self.folder / f"step_{trainer.global_step:06d}.png", columns=self.columns)

@@ -1,0 +1,88 @@
+"""What the commands share: one line for a user's mistake, and exit code 2."""
+
+import logging
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+from jsonargparse import ArgumentParser
+
+USER_ERRORS = (ValueError, TypeError, FileNotFoundError, NotADirectoryError, PermissionError, ImportError)
+
+
+def one_line(message: object) -> str:
+    """Fold a message of several lines into one; of jsonargparse's union reports keep the reason alone."""
+    lines = [line.rstrip() for line in str(message).splitlines() if line.strip()]
+    for index, line in enumerate(lines):
+        if "Does not validate against any of the Union subtypes" not in line:
+            continue
+        reasons = [text.strip()[2:] for text in lines[index + 1 :] if text.strip().startswith("- ")]
+        useful = [reason for reason in reasons if "NoneType" not in reason] or reasons
+        head = line.split("Does not validate")[0]
+        return re.sub(r"\s+", " ", head + " ".join(useful[:1])).strip()
+    return re.sub(r"\s+", " ", " ".join(lines)).strip()
+
+
+def fail(message: object, *, program: str) -> NoReturn:
+    """Print one line on stderr and exit with code 2."""
+    print(f"{program}: error: {one_line(message)}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+class OneLineErrors:
+    """Mixin of argument parsers: an error is one line, without the usage."""
+
+    prog: str
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print one line on stderr and exit with code 2."""
+        fail(message, program=self.prog)
+
+
+class CommandParser(OneLineErrors, ArgumentParser):  # type: ignore[misc]
+    """The argument parser of the small commands."""
+
+
+@contextmanager
+def user_errors(program: str) -> Iterator[None]:
+    """Turn a user's mistake, raised anywhere within, into one line and exit code 2."""
+    try:
+        yield
+    except USER_ERRORS as error:
+        fail(error, program=program)
+
+
+def run_command(function: Callable[..., Any], *, program: str, args: list[str] | None) -> None:
+    """Parse the function's keyword arguments from the command line and call it.
+
+    Args:
+        function: Its signature gives the options, its docstring their help.
+        program: Shown in help and errors.
+        args: Command-line words; by default those of the process.
+    """
+    parser = CommandParser(prog=program, description=(function.__doc__ or "").splitlines()[0])
+    parser.add_argument("--config", action="config", help="Options from a YAML file.")
+    parser.add_function_arguments(function)
+    parsed = parser.parse_args(args)
+    options = parser.instantiate_classes(parsed).as_dict()
+    options.pop("config", None)
+    with user_errors(program):
+        function(**options)
+
+
+def quiet_lightning() -> None:
+    """Leave out Lightning's notes on hardware and its advice that does not apply here."""
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning_utilities"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for pattern in (
+        r".*does not have many workers.*",
+        r".*number of training batches.*smaller than the logging interval.*",
+        r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",
+        r".*Checkpoint directory .* exists and is not empty.*",
+        r".*GPU available but not used.*",
+        r".*`_pytree\..*",
+    ):
+        warnings.filterwarnings("ignore", message=pattern)

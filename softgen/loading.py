@@ -1,0 +1,52 @@
+"""Opening what a stage left behind: one path, or a hub id, is enough."""
+
+from pathlib import Path
+
+from softgen.models.base import MaskedDiffusionModel
+from softgen.models.generator import OneStepGenerator
+from softgen.pretrained import CONFIG_NAME, resolve_folder
+from softgen.tokenizers.base import ImageTokenizer
+
+
+def load_model(source: str | Path, *, key: str = "model") -> MaskedDiffusionModel:
+    """Open a masked diffusion model.
+
+    Args:
+        source: A folder written by a teacher stage, or a hub id `owner/name`.
+        key: The config key that named the source, for error messages.
+
+    Raises:
+        ValueError: If it is missing, truncated, foreign, or not such a model.
+    """
+    model = MaskedDiffusionModel.from_pretrained(source, key=key)
+    model.check(key=key)
+    return model
+
+
+def load_generator(source: str | Path, *, key: str = "generator") -> OneStepGenerator:
+    """Open a one-step generator. Arguments and errors as `load_model`."""
+    return OneStepGenerator.from_pretrained(source, key=key)
+
+
+def load_tokenizer(source: str | Path, *, key: str = "tokenizer") -> ImageTokenizer:
+    """Open a tokenizer: its own folder, or that of a model, which holds its tokenizer beside it.
+
+    Arguments and errors as `load_model`.
+    """
+    folder = resolve_folder(source, key=key)
+    inner = folder / "tokenizer"
+    if (inner / CONFIG_NAME).is_file():
+        folder = inner
+    return ImageTokenizer.from_pretrained(folder, key=key)
+
+
+def check_compatible(model: MaskedDiffusionModel, tokenizer: ImageTokenizer, *, key: str = "tokenizer") -> None:
+    """Refuse a tokenizer whose codes are not those of the model.
+
+    Raises:
+        ValueError: Naming the number that differs.
+    """
+    for name in ("num_codes", "num_sites"):
+        expected, got = getattr(model, name), getattr(tokenizer, name)
+        if expected != got:
+            raise ValueError(f"{key}.{name}: expected {expected} as the model has, got {got}")

@@ -1,0 +1,40 @@
+"""Metrics of generated images, on the features of any extractor."""
+
+from softgen.metrics.accuracy import ClassAccuracy, class_accuracy
+from softgen.metrics.classifier import SmallClassifier
+from softgen.metrics.classifier_training import ClassifierResult, classifier_accuracy, train_classifier
+from softgen.metrics.entropy_score import EntropyScore, entropy_score
+from softgen.metrics.features import (
+    FeatureExtractor,
+    ImageFeatures,
+    count_name,
+    extract_features,
+    metric_name,
+)
+from softgen.metrics.frechet import FeatureStatistics, FrechetDistance, frechet_distance
+from softgen.metrics.image_quality import ImageQuality, image_quality
+from softgen.metrics.precision_recall import PrecisionRecall, PrecisionRecallMetric, precision_recall
+
+__all__ = [
+    "ClassAccuracy",
+    "ClassifierResult",
+    "EntropyScore",
+    "FeatureExtractor",
+    "FeatureStatistics",
+    "FrechetDistance",
+    "ImageFeatures",
+    "ImageQuality",
+    "PrecisionRecall",
+    "PrecisionRecallMetric",
+    "SmallClassifier",
+    "class_accuracy",
+    "classifier_accuracy",
+    "count_name",
+    "entropy_score",
+    "extract_features",
+    "frechet_distance",
+    "image_quality",
+    "metric_name",
+    "precision_recall",
+    "train_classifier",
+]

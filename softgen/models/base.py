@@ -1,0 +1,117 @@
+"""The interface of masked diffusion models.
+
+The generic code sees N categorical *sites* over K codes. For most families a site is a token; a family that splits
+tokens into groups of bits has several sites a token, and only its own `embed` folds sites into L vectors.
+
+Shape legend: B batch, N sites, K codes, L vectors of width d.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from softgen.models.conditions import ClassCondition, Condition
+from softgen.pretrained import Pretrained
+
+
+@dataclass(frozen=True)
+class ModelOutput:
+    """Logits (B, N, K), and the hidden states (B, L, d) of the layers that were tapped."""
+
+    logits: Tensor
+    hidden: tuple[Tensor, ...]
+
+
+class MaskedDiffusionModel(Pretrained, ABC):
+    """A network that predicts every masked site from the visible ones.
+
+    Attributes:
+        num_sites: N, categorical variables an image.
+        num_codes: K, codes a site can take, the mask not counted.
+        num_tokens: L, vectors that the backbone sees.
+        mask_id: Token id that means "masked"; outside [0, K).
+        embedding_dim: d, width of the vectors.
+        num_layers: Layers that `taps` may name, 0 to num_layers - 1.
+        num_classes: Classes of a class-conditional model, else 0.
+        has_null_condition: Whether dropping the condition is defined, as guidance needs.
+    """
+
+    num_sites: int
+    num_codes: int
+    num_tokens: int
+    mask_id: int
+    embedding_dim: int
+    num_layers: int
+    num_classes: int = 0
+    has_null_condition: bool = True
+
+    @abstractmethod
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Embed hard tokens.
+
+        Args:
+            tokens: (B, N) int64, codes or `mask_id`.
+
+        Returns:
+            (B, L, d).
+        """
+
+    @abstractmethod
+    def embed_soft(self, probs: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Expected embedding under `probs`; equals `embed` exactly on one-hot probs.
+
+        Args:
+            probs: Distributions over the K codes, (B, N, K).
+            mask: True where the site is masked, (B, N) bool: it gets the mask embedding whatever its probs.
+
+        Returns:
+            (B, L, d), differentiable in `probs`.
+        """
+
+    @abstractmethod
+    def run(self, embeddings: Tensor, condition: Condition, taps: Sequence[int]) -> ModelOutput:
+        """The network itself; called through `forward` and `forward_with_taps`."""
+
+    @abstractmethod
+    def embedding_parameters(self) -> Iterable[nn.Parameter]:
+        """Parameters of the token embedding, which Di[M]O keeps frozen."""
+
+    def encode(self, labels: Tensor) -> Condition:
+        """Make the condition from class labels, (B,) int64."""
+        return ClassCondition.of(labels)
+
+    def forward(self, embeddings: Tensor, condition: Condition) -> Tensor:
+        """Logits over the K image codes.
+
+        Args:
+            embeddings: (B, L, d), from `embed` or `embed_soft`.
+            condition: B samples.
+
+        Returns:
+            (B, N, K).
+        """
+        return self.run(embeddings, condition, ()).logits
+
+    def forward_with_taps(self, embeddings: Tensor, condition: Condition, taps: Sequence[int]) -> ModelOutput:
+        """Logits, and the hidden states of the layers in `taps`, in their order.
+
+        Raises:
+            ValueError: If a tap is not a layer.
+        """
+        for tap in taps:
+            if not 0 <= tap < self.num_layers:
+                raise ValueError(f"taps: expected layers in 0..{self.num_layers - 1}, got {tap}")
+        return self.run(embeddings, condition, taps)
+
+    def check(self, *, key: str) -> None:
+        """Refuse a model whose mask is one of its image codes.
+
+        Raises:
+            ValueError: Naming `key`.
+        """
+        if self.mask_id < self.num_codes:
+            raise ValueError(
+                f"{key}.mask_id: expected an id outside the image codes 0..{self.num_codes - 1}, got {self.mask_id}"
+            )

@@ -1,0 +1,117 @@
+"""Transformer blocks with SDPA attention and adaptive normalisation (DiT, arXiv 2212.09748)."""
+
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Activation = Literal["gelu", "relu", "silu"]
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
+
+
+def activation_function(name: str) -> Callable[[Tensor], Tensor]:
+    """The activation of that name.
+
+    Raises:
+        ValueError: If it is unknown.
+    """
+    if name not in _ACTIVATIONS:
+        raise ValueError(f"activation: expected one of {', '.join(get_args(Activation))}, got {name!r}")
+    return _ACTIVATIONS[name]
+
+
+class SelfAttention(nn.Module):
+    """Bidirectional multi-head attention.
+
+    Args:
+        width: Model width d, a multiple of `heads`.
+        heads: Attention heads.
+    """
+
+    def __init__(self, width: int, *, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, L, d) to (B, L, d)."""
+        batch, length, width = x.shape
+        qkv = self.qkv(x).view(batch, length, 3, self.heads, width // self.heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        attended = F.scaled_dot_product_attention(query, key, value)
+        return self.out(attended.transpose(1, 2).reshape(batch, length, width))
+
+
+class FeedForward(nn.Module):
+    """Linear, activation, linear.
+
+    Args:
+        width: Model width d.
+        hidden: Inner width.
+        activation: Name of the activation.
+    """
+
+    def __init__(self, width: int, *, hidden: int, activation: str) -> None:
+        super().__init__()
+        self.expand = nn.Linear(width, hidden)
+        self.project = nn.Linear(hidden, width)
+        self.activation = activation_function(activation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, L, d) to (B, L, d)."""
+        return self.project(self.activation(self.expand(x)))
+
+
+class Modulation(nn.Module):
+    """Shifts, scales and gates from the condition; starts as the identity (scale 1, gate 1, shift 0).
+
+    Args:
+        width: Model width d.
+        chunks: How many vectors of width d to produce.
+    """
+
+    def __init__(self, width: int, *, chunks: int) -> None:
+        super().__init__()
+        self.chunks = chunks
+        self.linear = nn.Linear(width, chunks * width)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, condition: Tensor) -> tuple[Tensor, ...]:
+        """Map (B, d) to `chunks` tensors of shape (B, 1, d)."""
+        return self.linear(F.silu(condition)).unsqueeze(1).chunk(self.chunks, dim=-1)
+
+
+def modulate(x: Tensor, *, shift: Tensor, scale: Tensor) -> Tensor:
+    """x (1 + scale) + shift, with x of shape (B, L, d) and the others (B, 1, d)."""
+    return torch.addcmul(shift, x, 1 + scale)
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm attention and feed-forward, each modulated by the condition.
+
+    Args:
+        width: Model width d.
+        heads: Attention heads.
+        mlp_ratio: Inner width of the feed-forward as a multiple of d.
+        activation: Name of the feed-forward's activation.
+    """
+
+    def __init__(self, width: int, *, heads: int, mlp_ratio: float, activation: str) -> None:
+        super().__init__()
+        self.norm_attention = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.attention = SelfAttention(width, heads=heads)
+        self.norm_mlp = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.mlp = FeedForward(width, hidden=int(width * mlp_ratio), activation=activation)
+        self.modulation = Modulation(width, chunks=6)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """Map x (B, L, d) under the condition (B, d) to (B, L, d)."""
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(condition)
+        attended = self.attention(modulate(self.norm_attention(x), shift=shift_a, scale=scale_a))
+        x = torch.addcmul(x, 1 + gate_a, attended)
+        fed = self.mlp(modulate(self.norm_mlp(x), shift=shift_m, scale=scale_m))
+        return torch.addcmul(x, 1 + gate_m, fed)

@@ -1,0 +1,94 @@
+"""One-step generators: a masked diffusion model and the initial tokens that it maps to an image in one pass."""
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from softgen.masking import exact_mask
+from softgen.models.base import MaskedDiffusionModel
+from softgen.models.conditions import Condition
+from softgen.pretrained import Pretrained
+from softgen.sampling import UniformSource, sample_categorical
+
+
+class NoiseSource(UniformSource, Protocol):
+    """Uniform, integer and normal draws, one row a sample, as `softgen.random.SampleRandom` gives."""
+
+    def integers(self, high: int, *shape: int) -> Tensor:
+        """Integers in [0, high), shape (B, *shape)."""
+        ...
+
+    def normal(self, *shape: int) -> Tensor:
+        """Standard normal draws, shape (B, *shape)."""
+        ...
+
+
+class OneStepGenerator(Pretrained):
+    """Di[M]O's student (arXiv 2503.15457): x_init -> logits of all sites -> tokens, in one pass.
+
+    Args:
+        model: The network, initialised from the teacher.
+        r_init: Share of the initial tokens that are masks; the others are random codes. In [0, 1].
+        noise: Weight s of the Gaussian noise on the initial embeddings, e <- s eps + sqrt(1 - s^2) e. In [0, 1].
+        metadata: Facts to keep with the weights (the teacher's guidance, the steps trained); JSON values.
+    """
+
+    def __init__(
+        self,
+        model: MaskedDiffusionModel,
+        *,
+        r_init: float = 0.6,
+        noise: float = 0.1,
+        metadata: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (("r_init", r_init), ("noise", noise)):
+            if not 0 <= value <= 1:
+                raise ValueError(f"generator.{name}: expected a number in [0, 1], got {value}")
+        model.check(key="generator.model")
+        self.model = model
+        self.r_init = r_init
+        self.noise = noise
+        self.metadata = dict(metadata or {})
+        self.config = {"model": model, "r_init": r_init, "noise": noise, "metadata": self.metadata}
+
+    def init_tokens(self, noise: NoiseSource) -> Tensor:
+        """Draw x_init (B, N): exactly max(1, round(r_init N)) masks (none for r_init 0), random codes elsewhere."""
+        sites = self.model.num_sites
+        codes = noise.integers(self.model.num_codes, sites)
+        count = max(1, round(self.r_init * sites)) if self.r_init > 0 else 0
+        counts = torch.full(codes.shape[:1], count, device=codes.device)
+        return codes.masked_fill(exact_mask(counts, noise.uniform(sites)), self.model.mask_id)
+
+    def init(self, noise: NoiseSource) -> Tensor:
+        """Draw the input embeddings e_in (B, L, d): embedded x_init, perturbed by noise.
+
+        Args:
+            noise: Draws, in this order: codes (B, N), mask positions (B, N), perturbation (B, L, d).
+        """
+        embeddings = self.model.embed(self.init_tokens(noise))
+        if self.noise == 0:
+            return embeddings
+        perturbation = noise.normal(*embeddings.shape[1:]).to(embeddings.dtype)
+        return self.noise * perturbation + (1 - self.noise**2) ** 0.5 * embeddings
+
+    def logits(self, e_in: Tensor, condition: Condition) -> Tensor:
+        """One pass: input embeddings (B, L, d) to logits (B, N, K)."""
+        logits: Tensor = self.model(e_in, condition)
+        return logits
+
+    def forward(self, e_in: Tensor, condition: Condition) -> Tensor:
+        """As `logits`."""
+        return self.logits(e_in, condition)
+
+    @torch.no_grad()
+    def sample(self, condition: Condition, noise: NoiseSource, *, temperature: float = 1.0) -> Tensor:
+        """Tokens (B, N) for the B conditions, in one pass.
+
+        Args:
+            condition: From `model.encode`.
+            noise: One stream a sample.
+            temperature: Of the drawn codes; 0 takes the likeliest.
+        """
+        return sample_categorical(self.logits(self.init(noise), condition), noise, temperature=temperature)

@@ -1,0 +1,124 @@
+"""The native masked diffusion model: a bidirectional transformer over image tokens."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from softgen.models.base import MaskedDiffusionModel, ModelOutput
+from softgen.models.blocks import Activation, Modulation, TransformerBlock, activation_function, modulate
+from softgen.models.conditions import ClassCondition, Condition
+from softgen.relaxation import expected_embedding
+
+
+class MaskedTransformer(MaskedDiffusionModel):
+    """Class-conditional masked transformer; about 12 depth width^2 parameters and half as many for the condition.
+
+    Args:
+        num_codes: K, size of the tokenizer's codebook.
+        num_sites: N, tokens an image.
+        num_classes: Classes; 0 for an unconditional model.
+        width: d, width of the vectors.
+        depth: Number of blocks.
+        heads: Attention heads; divides `width`.
+        mlp_ratio: Inner width of the feed-forward as a multiple of `width`.
+        activation: Of the feed-forward: gelu, relu (fastest on a CPU) or silu.
+        null_condition: Whether the model learns an unconditional branch, as guidance needs.
+        checkpoint_activations: Recompute each block in the backward pass instead of keeping its activations.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_codes: int,
+        num_sites: int,
+        num_classes: int,
+        width: int = 384,
+        depth: int = 8,
+        heads: int = 6,
+        mlp_ratio: float = 4.0,
+        activation: Activation = "gelu",
+        null_condition: bool = True,
+        checkpoint_activations: bool = False,
+    ) -> None:
+        super().__init__()
+        for name, value in (("num_codes", num_codes), ("num_sites", num_sites), ("depth", depth), ("heads", heads)):
+            if value < 1:
+                raise ValueError(f"model.{name}: expected at least 1, got {value}")
+        if num_classes < 0:
+            raise ValueError(f"model.num_classes: expected at least 0, got {num_classes}")
+        if width < 1 or width % heads:
+            raise ValueError(f"model.width: expected a multiple of heads ({heads}), got {width}")
+        activation_function(activation)
+        self.config = {
+            "num_codes": num_codes,
+            "num_sites": num_sites,
+            "num_classes": num_classes,
+            "width": width,
+            "depth": depth,
+            "heads": heads,
+            "mlp_ratio": mlp_ratio,
+            "activation": activation,
+            "null_condition": null_condition,
+            "checkpoint_activations": checkpoint_activations,
+        }
+        self.num_codes, self.num_sites, self.num_tokens = num_codes, num_sites, num_sites
+        self.num_classes, self.num_layers, self.embedding_dim = num_classes, depth, width
+        self.mask_id = num_codes
+        self.has_null_condition = null_condition and num_classes > 0
+        self.checkpoint_activations = checkpoint_activations
+
+        # Unit scale: Di[M]O's embedding noise is a standard normal, mixed in with a variance-preserving weight.
+        self.token_embedding = nn.Embedding(num_codes + 1, width)
+        self.position = nn.Parameter(torch.randn(num_sites, width) * 0.5)
+        self.class_embedding = nn.Embedding(num_classes + 1, width)
+        self.blocks = nn.ModuleList(
+            TransformerBlock(width, heads=heads, mlp_ratio=mlp_ratio, activation=activation) for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.modulation = Modulation(width, chunks=2)
+        self.head = nn.Linear(width, num_codes)
+        self._reset_parameters()
+
+    def _reset_parameters(self) -> None:
+        for block in self.blocks:
+            assert isinstance(block, TransformerBlock)
+            for linear in (block.attention.qkv, block.attention.out, block.mlp.expand, block.mlp.project):
+                nn.init.xavier_uniform_(linear.weight)
+                nn.init.zeros_(linear.bias)
+        nn.init.normal_(self.head.weight, std=0.02)
+        nn.init.zeros_(self.head.bias)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """See the base class."""
+        embedded: Tensor = self.token_embedding(tokens)
+        return embedded
+
+    def embed_soft(self, probs: Tensor, mask: Tensor | None = None) -> Tensor:
+        """See the base class."""
+        table = self.token_embedding.weight
+        soft = expected_embedding(probs, table[: self.num_codes])
+        return soft if mask is None else torch.where(mask.unsqueeze(-1), table[self.mask_id], soft)
+
+    def embedding_parameters(self) -> Iterable[nn.Parameter]:
+        """The table of token embeddings."""
+        return self.token_embedding.parameters()
+
+    def run(self, embeddings: Tensor, condition: Condition, taps: Sequence[int]) -> ModelOutput:
+        """See the base class."""
+        assert isinstance(condition, ClassCondition)
+        null = self.num_classes
+        pooled = self.class_embedding(condition.labels.masked_fill(condition.dropped, null))
+        x = embeddings + self.position
+        hidden: dict[int, Tensor] = {}
+        for layer, block in enumerate(self.blocks):
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x = checkpoint(block, x, pooled, use_reentrant=False)
+            else:
+                x = block(x, pooled)
+            if layer in taps:
+                hidden[layer] = x
+        shift, scale = self.modulation(pooled)
+        logits = self.head(modulate(self.norm(x), shift=shift, scale=scale))
+        return ModelOutput(logits=logits, hidden=tuple(hidden[tap] for tap in taps))

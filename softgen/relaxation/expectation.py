@@ -1,0 +1,42 @@
+"""The soft embedding: e = softmax(s) @ E (Soft-Di[M]O, OpenReview 83pHDDmkXt)."""
+
+from torch import Tensor
+
+
+def probabilities(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """Softmax over the last dimension, in float32 whatever the precision of the logits.
+
+    Args:
+        logits: Scores, shape (..., K).
+        temperature: Divides the logits; above 0. Below 1 sharpens the distribution.
+
+    Returns:
+        Probabilities, shape (..., K), float32 (float64 for float64 logits).
+
+    Raises:
+        ValueError: If the temperature is not positive.
+    """
+    if temperature <= 0:
+        raise ValueError(f"temperature: expected a number above 0, got {temperature}")
+    wide = logits if logits.element_size() == 8 else logits.float()
+    return (wide / temperature).softmax(dim=-1) if temperature != 1 else wide.softmax(dim=-1)
+
+
+def expected_embedding(probs: Tensor, embedding: Tensor) -> Tensor:
+    """The mean row of `embedding` under `probs`: the differentiable stand-in for a sampled row.
+
+    Args:
+        probs: Distributions over K codes, shape (..., K).
+        embedding: One row a code, shape (K, d).
+
+    Returns:
+        Expected rows, shape (..., d), in the embedding's dtype.
+
+    Raises:
+        ValueError: If the two disagree on the number of codes.
+    """
+    if probs.shape[-1] != embedding.shape[0]:
+        raise ValueError(
+            f"probs: expected a last dimension of {embedding.shape[0]} codes, got {probs.shape[-1]}"
+        )
+    return probs.to(embedding.dtype) @ embedding

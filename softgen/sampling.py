@@ -1,0 +1,221 @@
+"""Multi-step samplers of masked diffusion models, with injectable noise.
+
+Shape legend: B batch, N sites, K codes, L token positions.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from softgen.guidance import check_guidance, guided_logits
+from softgen.masking import Schedule, masked_fraction
+from softgen.models.base import MaskedDiffusionModel
+from softgen.models.conditions import Condition
+from softgen.relaxation import gumbel_noise, probabilities
+
+
+class UniformSource(Protocol):
+    """Where samplers take their noise from: `softgen.random.SampleRandom`, or stored draws."""
+
+    def uniform(self, *shape: int) -> Tensor:
+        """Uniform draws in [0, 1), shape (B, *shape)."""
+        ...
+
+
+class StoredNoise:
+    """Replays uniform draws in the order of the calls, to reproduce another implementation's samples.
+
+    Args:
+        draws: Tensors of shape (B, ...), one a call.
+    """
+
+    def __init__(self, draws: Sequence[Tensor]) -> None:
+        self._draws = list(draws)
+
+    def uniform(self, *shape: int) -> Tensor:
+        """The next stored draw.
+
+        Raises:
+            ValueError: If none is left, or its shape is another.
+        """
+        if not self._draws:
+            raise ValueError(f"noise: expected one more stored draw of shape (B, {shape}), got none")
+        draw = self._draws.pop(0)
+        if draw.shape[1:] != shape:
+            raise ValueError(f"noise: expected a stored draw of shape (B, {shape}), got {tuple(draw.shape)}")
+        return draw
+
+
+Draw = Literal["inverse_cdf", "gumbel"]
+
+
+def sample_categorical(logits: Tensor, noise: UniformSource, *, temperature: float = 1.0, draw: Draw = "inverse_cdf") -> Tensor:
+    """Draw one code a site.
+
+    Args:
+        logits: (B, N, K).
+        noise: Gives N uniforms a sample for `inverse_cdf`, N K for `gumbel` (as several published samplers do).
+        temperature: Divides the logits; 0 takes the likeliest code and draws nothing.
+        draw: The method.
+
+    Returns:
+        Tokens (B, N), int64.
+    """
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    if draw == "gumbel":
+        scaled = logits.float() / temperature
+        return (scaled + gumbel_noise(noise.uniform(*logits.shape[1:]))).argmax(dim=-1)
+    return invert_cdf(probabilities(logits, temperature=temperature), noise.uniform(*logits.shape[1:-1]))
+
+
+def invert_cdf(probs: Tensor, uniform: Tensor) -> Tensor:
+    """Codes whose cumulative probability first exceeds the uniform draw.
+
+    Args:
+        probs: (B, N, K), float32; need not sum to exactly 1.
+        uniform: (B, N) in [0, 1).
+
+    Returns:
+        Tokens (B, N), int64 in [0, K).
+    """
+    cumulative = probs.cumsum(dim=-1)
+    threshold = uniform.unsqueeze(-1) * cumulative[..., -1:]
+    index = torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
+    return index.clamp_(max=probs.shape[-1] - 1)
+
+
+def reveal_counts(schedule: Schedule, *, num_sites: int, steps: int) -> list[int]:
+    """How many sites each step reveals; sums to `num_sites`, at least 1 each.
+
+    Raises:
+        ValueError: If there are more steps than sites, or fewer than one.
+    """
+    if not 1 <= steps <= num_sites:
+        raise ValueError(f"steps: expected 1 to {num_sites} (the number of sites), got {steps}")
+    progress = torch.arange(1, steps + 1, dtype=torch.float64) / steps
+    left = (masked_fraction(schedule, progress) * num_sites).round().long().tolist()
+    counts, masked = [], num_sites
+    for step, target in enumerate(left):
+        steps_after = steps - step - 1
+        target = max(steps_after, min(target, masked - 1)) if steps_after else 0
+        counts.append(masked - target)
+        masked = target
+    return counts
+
+
+@dataclass(frozen=True)
+class MaskGITSampler:
+    """The sampler of MaskGIT (arXiv 2202.04200): reveal the most confident sites first.
+
+    Args:
+        steps: Number of steps; each is one pass, or two in one batch with guidance.
+        schedule: Sites left masked over time.
+        temperature: Of the drawn codes.
+        confidence_noise: Scale of the Gumbel noise on the log-probabilities that rank the sites; anneals to 0.
+        guidance: Scale s of classifier-free guidance; 1 is off.
+        guidance_schedule: `constant`, or `linear` from 1 at the first step to the scale at the last.
+        draw: How codes are drawn, see `sample_categorical`.
+    """
+
+    steps: int = 8
+    schedule: Schedule = "arccos"
+    temperature: float = 1.0
+    confidence_noise: float = 4.5
+    guidance: float = 1.0
+    guidance_schedule: Literal["constant", "linear"] = "constant"
+    draw: Draw = "inverse_cdf"
+
+    @torch.no_grad()
+    def __call__(self, model: MaskedDiffusionModel, condition: Condition, noise: UniformSource) -> Tensor:
+        """Sample tokens (B, N) for the B conditions. Noise a step: the codes' draws, then N for the ranking."""
+        check_guidance(model, self.guidance)
+        tokens = _all_masked(model, condition)
+        for step, count in enumerate(reveal_counts(self.schedule, num_sites=model.num_sites, steps=self.steps)):
+            masked = tokens == model.mask_id
+            logits = guided_logits(model, model.embed(tokens), condition, scale=self._scale(step))
+            drawn = sample_categorical(logits, noise, temperature=self.temperature, draw=self.draw)
+            confidence = logits.float().log_softmax(dim=-1).gather(-1, drawn.unsqueeze(-1)).squeeze(-1)
+            ranking_noise = self.confidence_noise * (1 - (step + 1) / self.steps)
+            confidence = confidence + ranking_noise * gumbel_noise(noise.uniform(model.num_sites))
+            confidence = confidence.masked_fill(~masked, -math.inf)
+            chosen = confidence.topk(count, dim=-1).indices
+            tokens = tokens.scatter(-1, chosen, drawn.gather(-1, chosen))
+        return tokens
+
+    def _scale(self, step: int) -> float:
+        if self.guidance_schedule == "constant" or self.steps == 1:
+            return self.guidance
+        return 1 + (self.guidance - 1) * step / (self.steps - 1)
+
+
+@dataclass(frozen=True)
+class HaltonSampler:
+    """Reveals positions in the order of a Halton sequence, spread over the image (arXiv 2503.17076).
+
+    Args:
+        steps: Number of steps.
+        schedule: Sites left masked over time.
+        temperature: Of the drawn codes.
+        guidance: Scale s of classifier-free guidance; 1 is off.
+        draw: How codes are drawn, see `sample_categorical`.
+    """
+
+    steps: int = 8
+    schedule: Schedule = "arccos"
+    temperature: float = 1.0
+    guidance: float = 1.0
+    draw: Draw = "inverse_cdf"
+
+    @torch.no_grad()
+    def __call__(self, model: MaskedDiffusionModel, condition: Condition, noise: UniformSource) -> Tensor:
+        """Sample tokens (B, N) for the B conditions. All sites of a position are revealed together."""
+        check_guidance(model, self.guidance)
+        side = math.isqrt(model.num_tokens)
+        if side * side != model.num_tokens:
+            raise ValueError(f"HaltonSampler: expected a square grid of tokens, got {model.num_tokens} tokens")
+        tokens = _all_masked(model, condition)
+        sites = torch.arange(model.num_sites, device=tokens.device).view(model.num_tokens, -1)
+        order = halton_order(side, side).to(tokens.device)
+        first = 0
+        for count in reveal_counts(self.schedule, num_sites=model.num_tokens, steps=self.steps):
+            logits = guided_logits(model, model.embed(tokens), condition, scale=self.guidance)
+            drawn = sample_categorical(logits, noise, temperature=self.temperature, draw=self.draw)
+            chosen = sites[order[first : first + count]].flatten()
+            tokens[:, chosen] = drawn[:, chosen]
+            first += count
+        return tokens
+
+
+def halton_order(height: int, width: int) -> Tensor:
+    """Row-major positions of a grid in the order in which a Halton sequence of bases 2 and 3 first visits them.
+
+    Returns:
+        A permutation of 0..height*width-1, int64.
+    """
+    seen: dict[int, None] = {}
+    index = 1
+    while len(seen) < height * width:
+        row = int(_radical_inverse(index, base=2) * height)
+        column = int(_radical_inverse(index, base=3) * width)
+        seen.setdefault(row * width + column)
+        index += 1
+    return torch.tensor(list(seen))
+
+
+def _radical_inverse(index: int, *, base: int) -> float:
+    result, scale = 0.0, 1.0 / base
+    while index:
+        index, digit = divmod(index, base)
+        result += digit * scale
+        scale /= base
+    return result
+
+
+def _all_masked(model: MaskedDiffusionModel, condition: Condition) -> Tensor:
+    shape = (len(condition), model.num_sites)
+    return torch.full(shape, model.mask_id, dtype=torch.long, device=condition.dropped.device)

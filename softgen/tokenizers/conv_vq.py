@@ -1,0 +1,123 @@
+"""The native image tokenizer: a small convolutional VQ autoencoder with l2-normalised codes."""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from softgen.relaxation import expected_embedding
+from softgen.tokenizers.base import ImageTokenizer
+from softgen.tokenizers.codebook import EMACodebook
+
+
+class ResidualBlock(nn.Module):
+    """GroupNorm, SiLU, 3x3 convolution, twice, with a shortcut.
+
+    Args:
+        channels: Channels in and out.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        groups = next(groups for groups in (8, 4, 2, 1) if channels % groups == 0)
+        self.norm1 = nn.GroupNorm(groups, channels)
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.norm2 = nn.GroupNorm(groups, channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, h, w) to the same shape."""
+        h = self.conv1(F.silu(self.norm1(x)))
+        return x + self.conv2(F.silu(self.norm2(h)))
+
+
+class ConvVQTokenizer(ImageTokenizer):
+    """Convolutional encoder and decoder around a codebook of unit vectors.
+
+    Args:
+        image_size: Pixels a side; divisible by 2^(levels - 1).
+        num_codes: K, size of the codebook.
+        code_dim: D, dimension of a code; small values (8 to 16) keep the codebook in use.
+        channels: Channels of each level, from full resolution down; each further level halves the side.
+        res_blocks: Residual blocks a level.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: int,
+        num_codes: int,
+        code_dim: int = 16,
+        channels: Sequence[int] = (32, 64, 64),
+        res_blocks: int = 1,
+    ) -> None:
+        super().__init__()
+        factor = 2 ** (len(channels) - 1)
+        if not channels or image_size % factor:
+            raise ValueError(f"tokenizer.image_size: expected a multiple of {factor}, got {image_size}")
+        if num_codes < 2 or code_dim < 1:
+            raise ValueError(
+                f"tokenizer.num_codes and code_dim: expected at least 2 and 1, got {num_codes} and {code_dim}"
+            )
+        self.config = {
+            "image_size": image_size,
+            "num_codes": num_codes,
+            "code_dim": code_dim,
+            "channels": list(channels),
+            "res_blocks": res_blocks,
+        }
+        self.image_size, self.num_codes, self.code_dim = image_size, num_codes, code_dim
+        self.grid = image_size // factor
+        self.num_sites = self.grid**2
+        self.distance = "l2"
+        self.encoder = _encoder(channels, code_dim=code_dim, res_blocks=res_blocks)
+        self.quantizer = EMACodebook(num_codes=num_codes, code_dim=code_dim)
+        self.decoder = _decoder(channels, code_dim=code_dim, res_blocks=res_blocks)
+
+    @property
+    def codebook(self) -> Tensor:
+        """Unit code vectors (K, D)."""
+        return self.quantizer.codes
+
+    def latents(self, images: Tensor) -> Tensor:
+        """Unit latents (B, N, D), row-major over the grid."""
+        self.check_images(images)
+        encoded = self.encoder(2 * images - 1).flatten(2).transpose(1, 2)
+        return F.normalize(encoded.float(), dim=-1)
+
+    def quantize(self, latents: Tensor) -> Tensor:
+        """See the base class."""
+        return self.quantizer.nearest(latents)
+
+    def embed_soft(self, probs: Tensor) -> Tensor:
+        """Averaged, then normalised, as the decoder knows unit vectors only."""
+        return F.normalize(expected_embedding(probs, self.codebook), dim=-1)
+
+    def decode_raw(self, embeddings: Tensor) -> Tensor:
+        """Decoder output before clamping to [0, 1], for training."""
+        batch, _, dim = embeddings.shape
+        grid = embeddings.transpose(1, 2).reshape(batch, dim, self.grid, self.grid)
+        decoded: Tensor = self.decoder(grid)
+        return decoded
+
+    def decode_embeddings(self, embeddings: Tensor) -> Tensor:
+        """See the base class."""
+        return self.decode_raw(embeddings).clamp(0, 1)
+
+
+def _encoder(channels: Sequence[int], *, code_dim: int, res_blocks: int) -> nn.Sequential:
+    layers: list[nn.Module] = [nn.Conv2d(3, channels[0], 3, padding=1)]
+    for level, width in enumerate(channels):
+        if level > 0:
+            layers.append(nn.Conv2d(channels[level - 1], width, 4, stride=2, padding=1))
+        layers.extend(ResidualBlock(width) for _ in range(res_blocks))
+    return nn.Sequential(*layers, nn.SiLU(), nn.Conv2d(channels[-1], code_dim, 1))
+
+
+def _decoder(channels: Sequence[int], *, code_dim: int, res_blocks: int) -> nn.Sequential:
+    layers: list[nn.Module] = [nn.Conv2d(code_dim, channels[-1], 3, padding=1)]
+    for level in reversed(range(len(channels))):
+        layers.extend(ResidualBlock(channels[level]) for _ in range(res_blocks))
+        if level > 0:
+            layers.append(nn.ConvTranspose2d(channels[level], channels[level - 1], 4, stride=2, padding=1))
+    return nn.Sequential(*layers, nn.SiLU(), nn.Conv2d(channels[0], 3, 3, padding=1))

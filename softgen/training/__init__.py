@@ -1,0 +1,8 @@
+"""Lightning modules of the stages before distillation."""
+
+from softgen.training.optimization import OptimizerConfig, ParameterGroup
+from softgen.training.stage import Stage
+from softgen.training.teacher import TeacherTraining
+from softgen.training.tokenizer import TokenizerTraining
+
+__all__ = ["OptimizerConfig", "ParameterGroup", "Stage", "TeacherTraining", "TokenizerTraining"]

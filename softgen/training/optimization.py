@@ -1,0 +1,102 @@
+"""One optimizer with named parameter groups, and its learning-rate schedule."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import nn
+
+Decay = Literal["constant", "linear", "cosine"]
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Adam with decoupled weight decay, and how its learning rate moves.
+
+    Attributes:
+        lr: Peak learning rate; at least 0.
+        betas: Decay rates of Adam's two moments, each in [0, 1).
+        weight_decay: Of matrices; vectors (biases, norms) have none.
+        eps: Added to Adam's denominator.
+        warmup_steps: Steps of linear warm-up from 0.
+        decay: How the rate falls from the end of the warm-up to the last step.
+        final_factor: Rate at the last step as a share of `lr`, for linear and cosine decay.
+    """
+
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    eps: float = 1e-8
+    warmup_steps: int = 0
+    decay: Decay = "constant"
+    final_factor: float = 0.0
+
+    def check(self, *, key: str) -> None:
+        """Refuse impossible settings.
+
+        Raises:
+            ValueError: Naming the key, what was expected and what was got.
+        """
+        if not self.lr >= 0 or math.isinf(self.lr):
+            raise ValueError(f"{key}.lr: expected a number of at least 0, got {self.lr}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"{key}.betas: expected two numbers in [0, 1), got {list(self.betas)}")
+        if not self.weight_decay >= 0:
+            raise ValueError(f"{key}.weight_decay: expected a number of at least 0, got {self.weight_decay}")
+        if self.warmup_steps < 0:
+            raise ValueError(f"{key}.warmup_steps: expected at least 0, got {self.warmup_steps}")
+        if self.decay not in get_args(Decay):
+            raise ValueError(f"{key}.decay: expected one of {', '.join(get_args(Decay))}, got {self.decay!r}")
+        if not 0 <= self.final_factor <= 1:
+            raise ValueError(f"{key}.final_factor: expected a number in [0, 1], got {self.final_factor}")
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters that share optimizer settings, clipped together.
+
+    Attributes:
+        name: Shown in the logs: `student`, `auxiliary`, ...
+        parameters: Those with `requires_grad` are trained.
+        config: The group's settings.
+    """
+
+    name: str
+    parameters: Sequence[nn.Parameter]
+    config: OptimizerConfig
+
+
+def build_optimizer(groups: Iterable[ParameterGroup], *, fused: bool) -> torch.optim.Optimizer:
+    """AdamW over the groups; a group with weight decay is split into matrices and vectors.
+
+    Args:
+        groups: At least one with something to train.
+        fused: Use the fused kernel.
+    """
+    param_groups: list[dict[str, Any]] = []
+    for group in groups:
+        trainable = [parameter for parameter in group.parameters if parameter.requires_grad]
+        decayed = [parameter for parameter in trainable if group.config.weight_decay and parameter.ndim > 1]
+        others = [parameter for parameter in trainable if not (group.config.weight_decay and parameter.ndim > 1)]
+        settings = {"name": group.name, "lr": group.config.lr, "betas": group.config.betas, "eps": group.config.eps}
+        for parameters, weight_decay in ((decayed, group.config.weight_decay), (others, 0.0)):
+            if parameters:
+                param_groups.append({**settings, "params": parameters, "weight_decay": weight_decay})
+    return torch.optim.AdamW(param_groups, fused=fused)
+
+
+def lr_factor(config: OptimizerConfig, *, total_steps: int) -> Callable[[int], float]:
+    """The share of the peak rate at each step: warm-up, then decay to `final_factor` at `total_steps`."""
+
+    def factor(step: int) -> float:
+        if step < config.warmup_steps:
+            return (step + 1) / (config.warmup_steps + 1)
+        if config.decay == "constant":
+            return 1.0
+        progress = min(1.0, (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps))
+        falling = 1 - progress if config.decay == "linear" else (1 + math.cos(math.pi * progress)) / 2
+        return config.final_factor + (1 - config.final_factor) * falling
+
+    return factor

@@ -1,0 +1,146 @@
+"""What every training stage shares: what it produces, what it holds frozen, its randomness and its optimizer."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from softgen.data.base import Batch
+from softgen.pretrained import Pretrained, fingerprint
+from softgen.random import SampleRandom, derive_seed
+from softgen.tokenizers.base import ImageTokenizer
+from softgen.training.optimization import OptimizerConfig, ParameterGroup, build_optimizer, lr_factor
+
+S = TypeVar("S", bound="Stage")
+
+
+class Stage(LightningModule, ABC):
+    """Base of the Lightning modules.
+
+    Args:
+        optimizer: Settings of the product's parameters.
+        seed: Seed of all randomness in training; the command line links it to `--seed`.
+    """
+
+    def __init__(self, *, optimizer: OptimizerConfig, seed: int) -> None:
+        super().__init__()
+        optimizer.check(key="model.optimizer")
+        self.optimizer_config = optimizer
+        self.seed = seed
+        # A plain dict: registered nowhere, so out of checkpoints, of DDP's buckets and of `train()`.
+        self._frozen: dict[str, nn.Module] = {}
+        self._fingerprints: dict[str, str] = {}
+        self._latest_losses: dict[str, Tensor] = {}
+
+    @property
+    @abstractmethod
+    def product(self) -> Pretrained:
+        """What the stage trains and leaves in `model/`: the average of its weights is kept."""
+
+    @property
+    def tokenizer_beside(self) -> ImageTokenizer | None:
+        """The tokenizer to save beside the product, so that one path is enough."""
+        return None
+
+    @abstractmethod
+    def preview(self, batch: Batch) -> Tensor:
+        """Images (n, 3, H, W) in [0, 1] that show the state of the training."""
+
+    def freeze(self, name: str, module: nn.Module) -> None:
+        """Hold a module in eval mode and without gradients to its weights, outside parameters and checkpoints."""
+        self._frozen[name] = module.requires_grad_(requires_grad=False).eval()
+
+    def frozen(self, name: str) -> nn.Module:
+        """The frozen module of that name."""
+        return self._frozen[name]
+
+    def _apply(self: S, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> S:  # noqa: FBT001, FBT002
+        for module in self._frozen.values():
+            module._apply(fn)
+        super()._apply(fn, recurse)
+        return self
+
+    def noise(self, batch: Batch, stream: str) -> SampleRandom:
+        """This batch's draws of one named stream; a function of (seed, stream, sample's ordinal)."""
+        return SampleRandom(derive_seed(self.seed, stream), batch["ordinal"], device=self.device)
+
+    def report(self, batch: Batch, losses: Mapping[str, Tensor], logs: Mapping[str, Tensor]) -> Tensor:
+        """Log a step and return the summed loss. The losses are watched for NaN and infinity."""
+        total = torch.stack([loss.float() for loss in losses.values()]).sum()
+        self._latest_losses = {name: loss.detach() for name, loss in losses.items()}
+        values = {f"train/{name}": value for name, value in {**self._latest_losses, **logs}.items()}
+        self.log_dict(values, batch_size=len(batch["ordinal"]))
+        return total
+
+    @property
+    def latest_losses(self) -> Mapping[str, Tensor]:
+        """The named losses of the last training step, detached, on their device."""
+        return self._latest_losses
+
+    def parameter_groups(self) -> Iterable[ParameterGroup]:
+        """The optimizer's groups; a stage with critics adds one each."""
+        return [ParameterGroup("product", list(self.product.parameters()), self.optimizer_config)]
+
+    def configure_optimizers(self) -> Any:
+        """One optimizer with named groups, one schedule a group."""
+        groups = list(self.parameter_groups())
+        # The fused kernel unscales gradients itself, after our clipping: not with a gradient scaler.
+        optimizer = build_optimizer(groups, fused=self.trainer.precision != "16-mixed")
+        total_steps = self._total_steps()
+        by_name = {group.name: lr_factor(group.config, total_steps=total_steps) for group in groups}
+        factors = [by_name[param_group["name"]] for param_group in optimizer.param_groups]
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _total_steps(self) -> int:
+        total = self.trainer.estimated_stepping_batches
+        if math.isinf(total):
+            if self.optimizer_config.decay != "constant":
+                raise ValueError(
+                    "trainer.max_steps: expected a number of steps, since model.optimizer.decay is "
+                    f"{self.optimizer_config.decay}, got none"
+                )
+            return 1
+        return int(total)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip the norm of each named group on its own."""
+        if not gradient_clip_val:
+            return
+        if gradient_clip_algorithm not in (None, "norm"):
+            raise ValueError(
+                f"trainer.gradient_clip_algorithm: expected norm, got {gradient_clip_algorithm}"
+            )
+        by_name: dict[str, list[nn.Parameter]] = {}
+        for group in optimizer.param_groups:
+            by_name.setdefault(group["name"], []).extend(group["params"])
+        for parameters in by_name.values():
+            nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Note which frozen modules the run used."""
+        for name, module in self._frozen.items():
+            self._fingerprints.setdefault(name, fingerprint(module))
+        checkpoint["frozen_fingerprints"] = dict(self._fingerprints)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse to resume with other frozen modules than the run began with.
+
+        Raises:
+            ValueError: Naming the module.
+        """
+        for name, expected in checkpoint.get("frozen_fingerprints", {}).items():
+            got = fingerprint(self._frozen[name]) if name in self._frozen else "none"
+            if got != expected:
+                raise ValueError(
+                    f"model.{name}: expected the {name} that the checkpoint was trained with ({expected}), got {got}"
+                )

@@ -1,0 +1,180 @@
+"""Stage 2: train a masked diffusion teacher on the codes of a tokenizer."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+
+from softgen.data.base import Batch
+from softgen.distributed import masked_mean
+from softgen.loading import check_compatible, load_tokenizer
+from softgen.masking import MaskLaw, draw_mask_ratio, exact_mask, mask_counts
+from softgen.models.base import MaskedDiffusionModel
+from softgen.models.conditions import Condition
+from softgen.pretrained import Pretrained
+from softgen.random import SampleRandom
+from softgen.relaxation import Distance, auto_two_tau_squared, neighbour_distribution, perplexity
+from softgen.sampling import MaskGITSampler
+from softgen.tokenizers.base import ImageTokenizer
+from softgen.training.optimization import OptimizerConfig
+from softgen.training.stage import Stage
+from softgen.training.targets import Target, check_target, hard_cross_entropy, neighbour_cross_entropy_dense
+
+
+@dataclass(frozen=True)
+class _Example:
+    """A tokenised batch: codes (B, N), and latents (B, N, D) where the target needs them."""
+
+    tokens: Tensor
+    latents: Tensor | None
+
+
+class TeacherTraining(Stage):
+    """Masked cross-entropy: mask a random share of the sites, predict them from the others.
+
+    Args:
+        tokenizer: Folder or hub id of the tokenizer, or the tokenizer itself. Its weights stay as they are.
+        model: The network, e.g. `softgen.models.MaskedTransformer`.
+        optimizer: Settings of its parameters.
+        target: `hard` codes, `label_smoothing`, or `snce`: the neighbours of the latent (arXiv SNCE, eq. 8).
+        label_smoothing: For that target, in [0, 1].
+        two_tau_squared: 2 tau^2 of SNCE's neighbour distribution, above 0; `auto` takes 3.5 times the median squared
+            distance of training latents to their codes.
+        snce_distance: Distance of the neighbour distribution; by default the tokenizer's.
+        weighting: `uniform` over masked sites, or `elbo`: 1/t (SNCE, eq. 15).
+        mask_law: Of the mask ratio t.
+        label_dropout: Share of samples trained without condition, for guidance; in [0, 1].
+        preview_steps: Sampling steps of the preview.
+        seed: Seed of all randomness in training.
+    """
+
+    def __init__(
+        self,
+        *,
+        tokenizer: str | ImageTokenizer,
+        model: MaskedDiffusionModel,
+        optimizer: OptimizerConfig = OptimizerConfig(lr=3e-4, betas=(0.9, 0.96)),  # noqa: B008 - frozen
+        target: Target = "hard",
+        label_smoothing: float = 0.1,
+        two_tau_squared: float | Literal["auto"] = "auto",
+        snce_distance: Distance | None = None,
+        weighting: Literal["uniform", "elbo"] = "uniform",
+        mask_law: MaskLaw = "arccos",
+        label_dropout: float = 0.1,
+        preview_steps: int = 8,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(optimizer=optimizer, seed=seed)
+        check_target(target, label_smoothing=label_smoothing, two_tau_squared=two_tau_squared, key="model")
+        if not 0 <= label_dropout <= 1:
+            raise ValueError(f"model.label_dropout: expected a number in [0, 1], got {label_dropout}")
+        if weighting not in ("uniform", "elbo"):
+            raise ValueError(f"model.weighting: expected uniform or elbo, got {weighting!r}")
+        draw_mask_ratio(mask_law, torch.zeros(1))
+        opened = load_tokenizer(tokenizer, key="model.tokenizer") if isinstance(tokenizer, str) else tokenizer
+        model.check(key="model.model")
+        check_compatible(model, opened, key="model.tokenizer")
+        self.freeze("tokenizer", opened)
+        self.tokenizer = opened
+        self.model = model
+        self.target = target
+        self.label_smoothing = label_smoothing if target == "label_smoothing" else 0.0
+        self.two_tau_squared = two_tau_squared
+        self.snce_distance: Distance = snce_distance or opened.distance
+        self.weighting = weighting
+        self.mask_law = mask_law
+        self.label_dropout = label_dropout if model.has_null_condition else 0.0
+        self.preview_sampler = MaskGITSampler(steps=min(preview_steps, model.num_sites))
+
+    @property
+    def product(self) -> Pretrained:
+        """The teacher."""
+        return self.model
+
+    @property
+    def tokenizer_beside(self) -> ImageTokenizer:
+        """The tokenizer of the codes."""
+        return self.tokenizer
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Tokenise, mask, predict the masked sites."""
+        example = self._tokenise(batch)
+        noise = self.noise(batch, "teacher")
+        condition = self._condition(batch).drop(noise.uniform() < self.label_dropout)
+        loss, mask_ratio = self._loss(example, condition, noise)
+        return self.report(batch, {self.target: loss}, {"mask_ratio": mask_ratio})
+
+    def _loss(self, example: _Example, condition: Condition, noise: SampleRandom) -> tuple[Tensor, Tensor]:
+        sites = self.model.num_sites
+        counts = mask_counts(draw_mask_ratio(self.mask_law, noise.uniform()), sites)
+        mask = exact_mask(counts, noise.uniform(sites))
+        logits = self.model(self.model.embed(example.tokens.masked_fill(mask, self.model.mask_id)), condition)
+        per_site = self._site_loss(logits, example)
+        ratio = counts / sites
+        if self.weighting == "elbo":
+            return (per_site * mask / ratio.unsqueeze(-1)).mean(), ratio.mean()
+        return masked_mean(per_site, mask), ratio.mean()
+
+    def _site_loss(self, logits: Tensor, example: _Example) -> Tensor:
+        if self.target != "snce":
+            return hard_cross_entropy(logits, example.tokens, label_smoothing=self.label_smoothing)
+        assert example.latents is not None and isinstance(self.two_tau_squared, float)
+        return neighbour_cross_entropy_dense(
+            logits,
+            example.latents,
+            self.tokenizer.codebook,
+            two_tau_squared=self.two_tau_squared,
+            distance=self.snce_distance,
+        )
+
+    @torch.no_grad()
+    def _tokenise(self, batch: Batch) -> _Example:
+        if "token" in batch:
+            # Only codes are stored: z = v_r.
+            tokens = batch["token"]
+            return _Example(tokens, self.tokenizer.codebook[tokens] if self.target == "snce" else None)
+        latents = self.tokenizer.latents(batch["image"])
+        return _Example(self.tokenizer.quantize(latents), latents if self.target == "snce" else None)
+
+    def _condition(self, batch: Batch) -> Condition:
+        if self.model.num_classes == 0:
+            return self.model.encode(torch.zeros(len(batch["ordinal"]), dtype=torch.long, device=self.device))
+        return self.model.encode(batch["label"])
+
+    def on_fit_start(self) -> None:
+        """Settle 2 tau^2 on the first latents where it is `auto`, and report the perplexity of q."""
+        if self.target != "snce":
+            return
+        assert self.trainer.datamodule is not None  # type: ignore[attr-defined]
+        source = self.trainer.datamodule.train_source()  # type: ignore[attr-defined]
+        batch = {name: value.to(self.device) for name, value in source.fetch(range(min(256, len(source)))).items()}
+        latents = self._tokenise(batch).latents
+        assert latents is not None
+        flat, codebook = latents.flatten(0, 1)[:4096], self.tokenizer.codebook
+        if self.two_tau_squared == "auto":
+            self.two_tau_squared = auto_two_tau_squared(flat, codebook, distance=self.snce_distance)
+        spread = perplexity(
+            neighbour_distribution(
+                flat, codebook, two_tau_squared=self.two_tau_squared, distance=self.snce_distance
+            )
+        )
+        mean, median = spread.mean().item(), spread.median().item()
+        rank_zero_info(
+            f"SNCE: 2 tau^2 = {self.two_tau_squared:.4g}, perplexity of q: median {median:.1f}, mean {mean:.1f}"
+        )
+        if mean > self.tokenizer.num_codes / 10 or median < 1.2:
+            rank_zero_warn(f"SNCE: the neighbour distribution is extreme (mean perplexity {mean:.1f}); see two_tau_squared")
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Held-out loss under the same noise every time."""
+        loss, _ = self._loss(self._tokenise(batch), self._condition(batch), self.noise(batch, "validation"))
+        self.log(f"val/{self.target}", loss, batch_size=len(batch["ordinal"]), sync_dist=True)
+
+    @torch.no_grad()
+    def preview(self, batch: Batch) -> Tensor:
+        """Samples under the batch's conditions."""
+        small = {**batch, "ordinal": batch["ordinal"][:32]}
+        condition = self._condition(batch)[: len(small["ordinal"])]
+        return self.tokenizer.decode(self.preview_sampler(self.model, condition, self.noise(small, "preview")))
