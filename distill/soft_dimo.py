@@ -59,16 +59,16 @@ class SoftDiMO(Stage):
         self.tokenizer = _open_tokenizer(tokenizer, teacher)
         self.temperature = temperature
         self.teacher.check(key="model.teacher")
-        self.freeze("teacher", self.teacher)
+        self.hold_frozen("teacher", self.teacher)
         if self.tokenizer is not None:
             check_compatible(self.teacher, self.tokenizer, key="model.tokenizer")
-            self.freeze("tokenizer", self.tokenizer)
+            self.hold_frozen("tokenizer", self.tokenizer)
 
         self.student = _open_student(student, self.teacher, r_init=r_init, noise=noise)
         self.student.requires_grad_().train()
         if freeze_embedding:
             for parameter in self.student.model.embedding_parameters():
-                parameter.requires_grad_(requires_grad=False)
+                parameter.requires_grad = False
         self.objectives = nn.ModuleList(objectives if objectives is not None else [DiMO()])
         if len(self.objectives) == 0:
             raise ValueError("model.objectives: expected at least one objective, got none")

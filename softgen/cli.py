@@ -42,7 +42,7 @@ class OneLineErrors:
         fail(message, program=self.prog)
 
 
-class CommandParser(OneLineErrors, ArgumentParser):  # type: ignore[misc]
+class CommandParser(OneLineErrors, ArgumentParser):
     """The argument parser of the small commands."""
 
 

@@ -28,12 +28,14 @@ from softgen.training.stage import Stage
 PROGRAM = "softgen.fit"
 
 
-class StageParser(OneLineErrors, LightningArgumentParser):  # type: ignore[misc]
+class StageParser(OneLineErrors, LightningArgumentParser):
     """Lightning's parser with one-line errors."""
 
 
 class StageCLI(LightningCLI):
     """LightningCLI for stages: one seed, one run folder, one path to resume from."""
+
+    _checkpoint_weights: dict[str, Any] | None = None
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Replaces Lightning's `--seed_everything`."""
@@ -89,15 +91,14 @@ class StageCLI(LightningCLI):
             options.ckpt_path = str(found) if found is not None else None
             note = f"resuming from {found}" if found is not None else "no checkpoint yet, starting anew"
             print(f"{PROGRAM}: {note}", file=sys.stderr)
-        self._checkpoint_keys = None
         if options.ckpt_path is not None:
-            self._checkpoint_keys = read_checkpoint(Path(options.ckpt_path))["state_dict"]
+            self._checkpoint_weights = read_checkpoint(Path(options.ckpt_path))["state_dict"]
 
     def after_instantiate_classes(self) -> None:
         """Refuse a checkpoint of another model, and data of another kind, before any work."""
         assert isinstance(self.model, Stage)
-        if getattr(self, "_checkpoint_keys", None) is not None:
-            check_keys(self.model.state_dict(), self._checkpoint_keys, key="ckpt_path")
+        if self._checkpoint_weights is not None:
+            check_keys(self.model.state_dict(), self._checkpoint_weights, key="ckpt_path")
             self._options().weights_only = True
 
 

@@ -22,7 +22,7 @@ def check_guidance(model: MaskedDiffusionModel, scale: float, *, key: str = "gui
 def guided_logits(
     model: MaskedDiffusionModel, embeddings: Tensor, condition: Condition, *, scale: float | Tensor
 ) -> Tensor:
-    """u + s (c - u) from conditional c and unconditional u, both in one call of the model.
+    """U + s (c - u) from conditional c and unconditional u, both in one call of the model.
 
     Args:
         model: The teacher.

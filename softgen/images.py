@@ -31,7 +31,7 @@ def grid(images: Tensor, *, columns: int, min_side: int = 32, padding: int = 2) 
     rows = math.ceil(len(images) / columns)
     blank = images.new_ones(rows * columns - len(images), *images.shape[1:])
     padded = F.pad(torch.cat([images, blank]), (padding, padding, padding, padding), value=1.0)
-    count, channels, height, width = padded.shape
+    _, channels, height, width = padded.shape
     tiled = padded.view(rows, columns, channels, height, width).permute(2, 0, 3, 1, 4)
     return tiled.reshape(channels, rows * height, columns * width)
 

@@ -27,10 +27,10 @@ def _cosine(u: Tensor) -> Tensor:
 def _mage(u: Tensor) -> Tensor:
     """Truncated normal by its inverse distribution function (MAGE, arXiv 2211.09117)."""
     low, high = (
-        torch.special.ndtr(torch.tensor((edge - _MAGE_MEAN) / _MAGE_STD)).item()
-        for edge in (_MAGE_LOW, _MAGE_HIGH)
+        torch.special.ndtr(torch.tensor((edge - _MAGE_MEAN) / _MAGE_STD)).item() for edge in (_MAGE_LOW, _MAGE_HIGH)
     )
-    return (_MAGE_MEAN + _MAGE_STD * torch.special.ndtri(low + (high - low) * u)).clamp(_MAGE_LOW, _MAGE_HIGH)
+    ratio: Tensor = _MAGE_MEAN + _MAGE_STD * torch.special.ndtri(low + (high - low) * u)
+    return ratio.clamp(_MAGE_LOW, _MAGE_HIGH)
 
 
 _SCHEDULES: dict[str, Callable[[Tensor], Tensor]] = {

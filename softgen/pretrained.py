@@ -116,9 +116,7 @@ def resolve_folder(source: str | Path, *, key: str) -> Path:
         return Path(snapshot_download(str(source), allow_patterns=patterns))
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(
-            f"{key}: expected a folder or a reachable hub id, got {str(source)!r} ({reason})"
-        ) from error
+        raise ValueError(f"{key}: expected a folder or a reachable hub id, got {str(source)!r} ({reason})") from error
 
 
 def read_config(folder: Path, *, key: str) -> dict[str, Any]:
@@ -189,8 +187,6 @@ def _swap(scratch: Path, target: Path) -> None:
     os.replace(target, old)
     os.replace(scratch, target)
     shutil.rmtree(old)
-
-
 
 
 def fingerprint(module: nn.Module) -> str:

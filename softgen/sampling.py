@@ -53,7 +53,9 @@ class StoredNoise:
 Draw = Literal["inverse_cdf", "gumbel"]
 
 
-def sample_categorical(logits: Tensor, noise: UniformSource, *, temperature: float = 1.0, draw: Draw = "inverse_cdf") -> Tensor:
+def sample_categorical(
+    logits: Tensor, noise: UniformSource, *, temperature: float = 1.0, draw: Draw = "inverse_cdf"
+) -> Tensor:
     """Draw one code a site.
 
     Args:

@@ -86,7 +86,7 @@ class Objective(nn.Module, ABC):
             raise ValueError(f"{type(self).__name__}.weight: expected a number of at least 0, got {weight}")
         self.weight = weight
 
-    def setup(self, teacher: MaskedDiffusionModel, tokenizer: ImageTokenizer | None) -> None:  # noqa: B027
+    def setup(self, teacher: MaskedDiffusionModel, tokenizer: ImageTokenizer | None) -> None:
         """Build the critic from the frozen teacher; called once, before the optimizer is made.
 
         Raises:

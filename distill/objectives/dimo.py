@@ -86,7 +86,7 @@ class DiMO(Objective):
         self.auxiliary = copy.deepcopy(teacher).requires_grad_().train()
         if self.freeze_embedding:
             for parameter in self.auxiliary.embedding_parameters():
-                parameter.requires_grad_(requires_grad=False)
+                parameter.requires_grad = False
 
     def forward(self, state: DistillState) -> ObjectiveLosses:
         """Re-mask, compare auxiliary and teacher, train the auxiliary on the student's tokens."""

@@ -105,7 +105,10 @@ class StudentEMA(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The average and the number of updates."""
-        return {"updates": self.updates, "average": {name: value.clone() for name, value in self._average.items()}}
+        return {
+            "updates": self.updates,
+            "average": {name: value.clone() for name, value in self._average.items()},
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` gave."""
@@ -122,7 +125,10 @@ def _floating(pl_module: LightningModule) -> dict[str, Tensor]:
     """Live parameters and buffers that an average makes sense for, by name."""
     product = _product(pl_module)
     trained = {name: value for name, value in product.named_parameters() if value.requires_grad}
-    return {**trained, **{name: value for name, value in product.named_buffers() if value.is_floating_point()}}
+    return {
+        **trained,
+        **{name: value for name, value in product.named_buffers() if value.is_floating_point()},
+    }
 
 
 @torch.no_grad()

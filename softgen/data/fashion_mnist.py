@@ -104,9 +104,7 @@ def _read_source(images_path: Path, labels_path: Path, *, limit: int | None) -> 
     images = read_idx(images_path, ndim=3)
     labels = read_idx(labels_path, ndim=1)
     if images.shape[1:] != (28, 28):
-        raise ValueError(
-            f"{images_path}: expected images of 28x28 pixels, got {images.shape[1]}x{images.shape[2]}"
-        )
+        raise ValueError(f"{images_path}: expected images of 28x28 pixels, got {images.shape[1]}x{images.shape[2]}")
     if len(labels) != len(images):
         raise ValueError(f"{labels_path}: expected {len(images)} labels, one an image, got {len(labels)}")
     if len(labels) and int(labels.max()) >= FashionMNIST.num_classes:

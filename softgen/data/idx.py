@@ -37,8 +37,7 @@ def read_idx(path: Path, *, ndim: int) -> Tensor:
     shape = struct.unpack(f">{ndim}I", content[4:header])
     if len(content) - header != math.prod(shape):
         raise ValueError(
-            f"{path}: expected {math.prod(shape)} bytes of data for shape {shape}, "
-            f"got {len(content) - header}"
+            f"{path}: expected {math.prod(shape)} bytes of data for shape {shape}, got {len(content) - header}"
         )
     return torch.frombuffer(bytearray(content), dtype=torch.uint8)[header:].reshape(shape)
 
@@ -49,6 +48,4 @@ def _read_bytes(path: Path) -> bytes:
     try:
         return gzip.decompress(path.read_bytes())
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(
-            f"{path}: expected a whole gzip file, got one that does not unzip ({error})"
-        ) from error
+        raise ValueError(f"{path}: expected a whole gzip file, got one that does not unzip ({error})") from error

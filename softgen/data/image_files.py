@@ -42,7 +42,7 @@ class ImageFileSource:
         return len(self.paths)
 
     def fetch(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        """`image` (B, 3, H, W) float32 in [0, 1], H = W = image_size, and, where there are classes, `label` (B,).
+        """`image` (B, 3, H, W) float32 in [0, 1] and, where there are classes, `label` (B,) int64.
 
         Raises:
             ValueError: A file cannot be read.
@@ -90,9 +90,7 @@ def read_image(path: Path, *, image_size: int, resize: int) -> Tensor:
         with Image.open(path) as opened:
             image = ImageOps.exif_transpose(opened).convert("RGB")
     except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(
-            f"data.root: expected an image, got '{path}', which cannot be read ({error})"
-        ) from error
+        raise ValueError(f"data.root: expected an image, got '{path}', which cannot be read ({error})") from error
     scale = resize / min(image.size)
     width, height = (max(resize, round(edge * scale)) for edge in image.size)
     if (width, height) != image.size:

@@ -1,10 +1,10 @@
 """Images from a folder: one subfolder a class, or all in one."""
 
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 
 from softgen.data.base import ImageDataModule, SampleSource
 from softgen.data.image_files import IMAGE_SUFFIXES, ImageFileSource, is_readable_image
@@ -84,16 +84,12 @@ class ImageFolder(ImageDataModule):
             labels = torch.tensor([label for _, label in files])
             split = stratified_split(labels, val_fraction=self.val_fraction)
             self._sources = TrainVal(
-                train=self._source(
-                    files, split.train.tolist(), flip_seed=self.seed if self.random_flip else None
-                ),
+                train=self._source(files, split.train.tolist(), flip_seed=self.seed if self.random_flip else None),
                 val=self._source(files, split.val.tolist(), flip_seed=None),
             )
         return self._sources
 
-    def _source(
-        self, files: list[tuple[Path, int]], indices: list[int], *, flip_seed: int | None
-    ) -> ImageFileSource:
+    def _source(self, files: list[tuple[Path, int]], indices: list[int], *, flip_seed: int | None) -> ImageFileSource:
         chosen = [files[index] for index in indices]
         return ImageFileSource(
             [path for path, _ in chosen],
@@ -111,17 +107,11 @@ class ImageFolder(ImageDataModule):
             readable = list(pool.map(is_readable_image, [path for path, _ in files]))
         corrupt = [path for (path, _), is_good in zip(files, readable, strict=True) if not is_good]
         if corrupt and self.strict:
-            raise ValueError(
-                f"data.root: expected images only (data.strict is true), got a corrupt '{corrupt[0]}'"
-            )
+            raise ValueError(f"data.root: expected images only (data.strict is true), got a corrupt '{corrupt[0]}'")
         if len(corrupt) == len(files):
-            raise ValueError(
-                f"data.root: expected a folder with images, got only corrupt ones in '{self.root}'"
-            )
+            raise ValueError(f"data.root: expected a folder with images, got only corrupt ones in '{self.root}'")
         if corrupt:
-            warnings.warn(
-                f"skipped {len(corrupt)} corrupt image(s), the first is '{corrupt[0]}'", stacklevel=2
-            )
+            rank_zero_warn(f"data.root: skipped {len(corrupt)} corrupt image(s), the first is '{corrupt[0]}'")
         return [file for file, is_good in zip(files, readable, strict=True) if is_good]
 
 

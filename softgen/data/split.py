@@ -31,9 +31,7 @@ class SplitIndices:
 def check_val_fraction(val_fraction: float) -> None:
     """Raise ValueError unless the fraction lies strictly between 0 and 1."""
     if not 0.0 < val_fraction < 1.0:
-        raise ValueError(
-            f"data.val_fraction: expected a number between 0 and 1 (exclusive), got {val_fraction}"
-        )
+        raise ValueError(f"data.val_fraction: expected a number between 0 and 1 (exclusive), got {val_fraction}")
 
 
 def stratified_split(labels: Tensor, *, val_fraction: float) -> SplitIndices:

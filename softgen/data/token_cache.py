@@ -43,9 +43,7 @@ class TokenCache(ImageDataModule):
             truncated or does not fit `meta.json`.
     """
 
-    def __init__(
-        self, root: str | Path, *, batch_size: int = 64, num_workers: int = 0, seed: int = 0
-    ) -> None:
+    def __init__(self, root: str | Path, *, batch_size: int = 64, num_workers: int = 0, seed: int = 0) -> None:
         super().__init__(batch_size=batch_size, num_workers=num_workers, seed=seed)
         self.root = Path(root)
         meta = read_meta(self.root)
@@ -116,25 +114,30 @@ def write_token_cache(
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         read_meta(target)
     data.prepare_data()
-    sources = {"train": data.train_source(), "val": data.val_source()}
-    meta = TokenCacheMeta(
-        format=CACHE_FORMAT,
-        num_sites=tokenizer.num_sites,
-        num_codes=tokenizer.num_codes,
-        dtype="uint16" if tokenizer.num_codes <= 2**16 else "int32",
-        num_train=len(sources["train"]),
-        num_val=len(sources["val"]),
-        tokenizer_fingerprint=fingerprint(tokenizer),
-        image_size=data.image_size,
-        num_classes=data.num_classes,
-    )
+    meta = _describe(tokenizer, data)
     with _written_as_a_whole(target) as scratch, _encoding(tokenizer):
-        for split, source in sources.items():
+        for split, source in (("train", data.train_source()), ("val", data.val_source())):
             bar = tqdm(total=len(source), desc=f"encoding {split}", unit="image", disable=not progress)
             with bar:
                 for done in _write_split(scratch, split, source, tokenizer, meta=meta, batch_size=batch_size):
                     bar.update(done)
         (scratch / META_NAME).write_text(json.dumps(asdict(meta), indent=2) + "\n", encoding="utf-8")
+
+
+def _describe(tokenizer: Tokenizer, data: ImageDataModule) -> TokenCacheMeta:
+    """The cache's `meta.json`, before anything is encoded."""
+    assert isinstance(tokenizer, nn.Module)
+    return TokenCacheMeta(
+        format=CACHE_FORMAT,
+        num_sites=tokenizer.num_sites,
+        num_codes=tokenizer.num_codes,
+        dtype="uint16" if tokenizer.num_codes <= 2**16 else "int32",
+        num_train=len(data.train_source()),
+        num_val=len(data.val_source()),
+        tokenizer_fingerprint=fingerprint(tokenizer),
+        image_size=data.image_size,
+        num_classes=data.num_classes,
+    )
 
 
 def _write_split(

@@ -54,9 +54,7 @@ def read_meta(folder: Path) -> TokenCacheMeta:
         raise ValueError(f"data.root: expected a token cache, got '{folder}' ({error})") from error
     names = {field.name for field in fields(TokenCacheMeta)}
     if not isinstance(content, dict) or set(content) != names or content["format"] != CACHE_FORMAT:
-        raise ValueError(
-            f"data.root: expected a token cache, got '{folder}', whose {META_NAME} is of another kind"
-        )
+        raise ValueError(f"data.root: expected a token cache, got '{folder}', whose {META_NAME} is of another kind")
     return TokenCacheMeta(**content)
 
 
@@ -77,9 +75,7 @@ class TokenSource:
         self.folder = folder
         self.split = split
         self.tokens = _open(folder / f"{split}_tokens.npy", shape=(n, meta.num_sites), dtype=meta.dtype)
-        self.labels = (
-            _open(folder / f"{split}_labels.npy", shape=(n,), dtype="int64") if meta.num_classes else None
-        )
+        self.labels = _open(folder / f"{split}_labels.npy", shape=(n,), dtype="int64") if meta.num_classes else None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -102,7 +98,5 @@ def _open(path: Path, *, shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
     except (OSError, ValueError, EOFError) as error:
         raise ValueError(f"data.root: expected a whole token cache, got '{path}' ({error})") from error
     if array.shape != shape or array.dtype != np.dtype(dtype):
-        raise ValueError(
-            f"{path}: expected {dtype} of shape {shape}, got {array.dtype} of shape {array.shape}"
-        )
+        raise ValueError(f"{path}: expected {dtype} of shape {shape}, got {array.dtype} of shape {array.shape}")
     return array

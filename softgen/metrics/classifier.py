@@ -60,9 +60,7 @@ class SmallClassifier(FeatureExtractor, Pretrained):
         """
         expected = (3, self.image_size, self.image_size)
         if images.ndim != 4 or images.shape[1:] != expected:
-            raise ValueError(
-                f"images: expected (B, {', '.join(map(str, expected))}), got {tuple(images.shape)}"
-            )
+            raise ValueError(f"images: expected (B, {', '.join(map(str, expected))}), got {tuple(images.shape)}")
         features = F.relu(self.neck(self.body(2 * images.float() - 1)))
         return ImageFeatures(features=features, logits=self.head(features))
 
@@ -82,10 +80,6 @@ class SmallClassifier(FeatureExtractor, Pretrained):
         return cls.from_pretrained(folder, key="classifier")
 
 
-def _convolution(
-    channels_in: int, channels_out: int, *, kernel_size: int = 3, stride: int = 1
-) -> list[nn.Module]:
-    convolution = nn.Conv2d(
-        channels_in, channels_out, kernel_size, stride=stride, padding=kernel_size // 2, bias=False
-    )
+def _convolution(channels_in: int, channels_out: int, *, kernel_size: int = 3, stride: int = 1) -> list[nn.Module]:
+    convolution = nn.Conv2d(channels_in, channels_out, kernel_size, stride=stride, padding=kernel_size // 2, bias=False)
     return [convolution, nn.BatchNorm2d(channels_out), nn.ReLU()]

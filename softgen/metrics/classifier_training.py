@@ -58,9 +58,7 @@ def train_classifier(
     train, val = data.train_source(), data.val_source()
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        classifier = SmallClassifier(
-            name=name, image_size=data.image_size, num_classes=data.num_classes, width=width
-        )
+        classifier = SmallClassifier(name=name, image_size=data.image_size, num_classes=data.num_classes, width=width)
         generator = torch.Generator().manual_seed(seed)
         order = torch.cat([torch.randperm(len(train), generator=generator) for _ in range(epochs)])
         _fit(classifier, train, order=order, lr=lr, batch_size=batch_size, progress=progress)

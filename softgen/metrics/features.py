@@ -125,9 +125,7 @@ def check_samples(rows: Tensor, *, name: str, minimum: int = 2) -> Tensor:
     rows = rows.detach().cpu().double()
     bad = len(rows) - int(rows.isfinite().all(dim=1).sum())
     if bad:
-        raise ValueError(
-            f"{name}: expected finite values, got NaN or infinity in {bad} of {len(rows)} samples"
-        )
+        raise ValueError(f"{name}: expected finite values, got NaN or infinity in {bad} of {len(rows)} samples")
     return rows
 
 

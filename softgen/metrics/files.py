@@ -14,9 +14,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        temporary.write_bytes(
-            save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
-        )
+        temporary.write_bytes(save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -56,9 +56,7 @@ class FeatureStatistics:
             tensors = load_file(path)
             return cls(mean=tensors["mean"], covariance=tensors["covariance"], n=int(tensors["n"]))
         except (OSError, KeyError, SafetensorError) as error:
-            raise ValueError(
-                f"statistics: expected a file of feature statistics, got '{path}' ({error})"
-            ) from error
+            raise ValueError(f"statistics: expected a file of feature statistics, got '{path}' ({error})") from error
 
 
 def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
@@ -76,9 +74,7 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     root_a = (vectors * eigenvalues.clamp(min=0).sqrt()) @ vectors.T
     product = root_a @ b.covariance @ root_a
     trace_of_root = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0).sqrt().sum()
-    distance = (
-        (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * trace_of_root
-    )
+    distance = (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * trace_of_root
     return max(0.0, float(distance))
 
 
@@ -108,8 +104,7 @@ class FrechetDistance(TwoSidedMetric):
         super().__init__(extractor, collect_real=reference is None, **kwargs)
         if reference is not None and len(reference.mean) != extractor.feature_dim:
             raise ValueError(
-                f"reference: expected statistics of {extractor.feature_dim} features, "
-                f"got {len(reference.mean)}"
+                f"reference: expected statistics of {extractor.feature_dim} features, got {len(reference.mean)}"
             )
         self.reference = reference
 
@@ -117,8 +112,6 @@ class FrechetDistance(TwoSidedMetric):
         """The distance, a float32 scalar."""
         reference = self.reference
         if reference is None:
-            reference = FeatureStatistics.from_features(
-                check_samples(gathered(self.real_features), name="real images")
-            )
+            reference = FeatureStatistics.from_features(check_samples(gathered(self.real_features), name="real images"))
         fake = check_samples(gathered(self.fake_features), name="generated images")
         return torch.tensor(frechet_distance(FeatureStatistics.from_features(fake), reference))

@@ -32,7 +32,7 @@ def precision_recall(real_features: Tensor, fake_features: Tensor, *, k: int = 5
     """Precision and recall by k nearest neighbours (arXiv 1904.06991, equations 1 to 3).
 
     Distances are computed in float64 and in blocks of 1024 rows, so memory grows with n and not with n^2:
-    10,000 samples a side take about 200 MB. Values depend on the number of samples: compare at equal n only.
+    10,000 samples a side take about 350 MB. Values depend on the number of samples: compare at equal n only.
 
     Args:
         real_features: (n, D).
@@ -59,9 +59,7 @@ def precision_recall(real_features: Tensor, fake_features: Tensor, *, k: int = 5
 
 def _fraction_inside(points: Tensor, *, manifold: Tensor, k: int) -> float:
     """Fraction of the points that lie in a ball of the manifold's samples, its border included."""
-    radii = torch.cat(
-        [block.kthvalue(k + 1, dim=1).values for block in _squared_distances(manifold, manifold)]
-    )
+    radii = torch.cat([block.kthvalue(k + 1, dim=1).values for block in _squared_distances(manifold, manifold)])
     slack = _RELATIVE_SLACK * max(_largest_square(points), _largest_square(manifold))
     inside = [(block <= radii + slack).any(dim=1) for block in _squared_distances(points, manifold)]
     return float(torch.cat(inside).double().mean())

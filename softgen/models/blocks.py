@@ -42,7 +42,8 @@ class SelfAttention(nn.Module):
         qkv = self.qkv(x).view(batch, length, 3, self.heads, width // self.heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         attended = F.scaled_dot_product_attention(query, key, value)
-        return self.out(attended.transpose(1, 2).reshape(batch, length, width))
+        mixed: Tensor = self.out(attended.transpose(1, 2).reshape(batch, length, width))
+        return mixed
 
 
 class FeedForward(nn.Module):
@@ -62,7 +63,8 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, L, d) to (B, L, d)."""
-        return self.project(self.activation(self.expand(x)))
+        fed: Tensor = self.project(self.activation(self.expand(x)))
+        return fed
 
 
 class Modulation(nn.Module):
@@ -82,11 +84,12 @@ class Modulation(nn.Module):
 
     def forward(self, condition: Tensor) -> tuple[Tensor, ...]:
         """Map (B, d) to `chunks` tensors of shape (B, 1, d)."""
-        return self.linear(F.silu(condition)).unsqueeze(1).chunk(self.chunks, dim=-1)
+        modulations: Tensor = self.linear(F.silu(condition)).unsqueeze(1)
+        return modulations.chunk(self.chunks, dim=-1)
 
 
 def modulate(x: Tensor, *, shift: Tensor, scale: Tensor) -> Tensor:
-    """x (1 + scale) + shift, with x of shape (B, L, d) and the others (B, 1, d)."""
+    """X (1 + scale) + shift, with x of shape (B, L, d) and the others (B, 1, d)."""
     return torch.addcmul(shift, x, 1 + scale)
 
 

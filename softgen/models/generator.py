@@ -1,5 +1,6 @@
 """One-step generators: a masked diffusion model and the initial tokens that it maps to an image in one pass."""
 
+import math
 from typing import Any, Protocol
 
 import torch
@@ -71,7 +72,8 @@ class OneStepGenerator(Pretrained):
         if self.noise == 0:
             return embeddings
         perturbation = noise.normal(*embeddings.shape[1:]).to(embeddings.dtype)
-        return self.noise * perturbation + (1 - self.noise**2) ** 0.5 * embeddings
+        keep = math.sqrt(1 - self.noise**2)
+        return self.noise * perturbation + keep * embeddings
 
     def logits(self, e_in: Tensor, condition: Condition) -> Tensor:
         """One pass: input embeddings (B, L, d) to logits (B, N, K)."""

@@ -43,7 +43,12 @@ class MaskedTransformer(MaskedDiffusionModel):
         checkpoint_activations: bool = False,
     ) -> None:
         super().__init__()
-        for name, value in (("num_codes", num_codes), ("num_sites", num_sites), ("depth", depth), ("heads", heads)):
+        for name, value in (
+            ("num_codes", num_codes),
+            ("num_sites", num_sites),
+            ("depth", depth),
+            ("heads", heads),
+        ):
             if value < 1:
                 raise ValueError(f"model.{name}: expected at least 1, got {value}")
         if num_classes < 0:

@@ -36,7 +36,5 @@ def expected_embedding(probs: Tensor, embedding: Tensor) -> Tensor:
         ValueError: If the two disagree on the number of codes.
     """
     if probs.shape[-1] != embedding.shape[0]:
-        raise ValueError(
-            f"probs: expected a last dimension of {embedding.shape[0]} codes, got {probs.shape[-1]}"
-        )
+        raise ValueError(f"probs: expected a last dimension of {embedding.shape[0]} codes, got {probs.shape[-1]}")
     return probs.to(embedding.dtype) @ embedding

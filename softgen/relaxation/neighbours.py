@@ -12,9 +12,7 @@ from torch.nn import functional as F
 Distance = Literal["l2", "dot", "cosine"]
 
 
-def neighbour_logits(
-    latents: Tensor, codebook: Tensor, *, two_tau_squared: float, distance: Distance = "l2"
-) -> Tensor:
+def neighbour_logits(latents: Tensor, codebook: Tensor, *, two_tau_squared: float, distance: Distance = "l2") -> Tensor:
     """Unnormalised log q_k(z) = -d(z, v_k) / (2 tau^2), up to a constant a latent (SNCE, eq. 5).
 
     Args:
@@ -61,9 +59,7 @@ def neighbour_distribution(
     return logits.softmax(dim=-1)
 
 
-def auto_two_tau_squared(
-    latents: Tensor, codebook: Tensor, *, distance: Distance = "l2", factor: float = 3.5
-) -> float:
+def auto_two_tau_squared(latents: Tensor, codebook: Tensor, *, distance: Distance = "l2", factor: float = 3.5) -> float:
     """A 2 tau^2 that fits the codebook: `factor` times the median gap between a latent and its best code.
 
     For `l2` the gap is the squared distance to the nearest code. The other distances have no natural zero, so the
@@ -91,4 +87,5 @@ def auto_two_tau_squared(
 
 def perplexity(probs: Tensor) -> Tensor:
     """exp(entropy) of each distribution over the last dimension, shape (...)."""
-    return torch.special.entr(probs).sum(dim=-1).exp()
+    entropy: Tensor = torch.special.entr(probs).sum(dim=-1)
+    return entropy.exp()

@@ -32,7 +32,7 @@ class ImageTokenizer(Pretrained, ABC):
     @property
     @abstractmethod
     def codebook(self) -> Tensor:
-        """Code vectors (K, D)."""
+        """Code vectors, one a row: (K, D)."""
 
     @abstractmethod
     def latents(self, images: Tensor) -> Tensor:
@@ -40,14 +40,14 @@ class ImageTokenizer(Pretrained, ABC):
 
     @abstractmethod
     def quantize(self, latents: Tensor) -> Tensor:
-        """Codes (B, N) int64 of latents (B, N, D)."""
+        """The codes of latents (B, N, D): (B, N) int64."""
 
     @abstractmethod
     def decode_embeddings(self, embeddings: Tensor) -> Tensor:
         """Images from code vectors (B, N, D), differentiable; `decode(t) == decode_embeddings(codebook[t])`."""
 
     def encode(self, images: Tensor) -> Tensor:
-        """Codes (B, N) int64 of images (B, 3, H, W) in [0, 1]."""
+        """The codes of images (B, 3, H, W) in [0, 1]: (B, N) int64."""
         return self.quantize(self.latents(images))
 
     def decode(self, tokens: Tensor) -> Tensor:

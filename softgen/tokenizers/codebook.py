@@ -1,7 +1,6 @@
 """A codebook of unit vectors that follows the latents by exponential moving averages."""
 
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +45,7 @@ class EMACodebook(nn.Module):
 
     def nearest(self, latents: Tensor) -> Tensor:
         """Index of the nearest code of each unit latent (..., D); the first of equals."""
-        return cast(Tensor, (latents @ self.codes.T).argmax(dim=-1))
+        return (latents @ self.codes.T).argmax(dim=-1)
 
     @torch.no_grad()
     def reset_to(self, latents: Tensor) -> None:

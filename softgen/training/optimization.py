@@ -80,7 +80,12 @@ def build_optimizer(groups: Iterable[ParameterGroup], *, fused: bool) -> torch.o
         trainable = [parameter for parameter in group.parameters if parameter.requires_grad]
         decayed = [parameter for parameter in trainable if group.config.weight_decay and parameter.ndim > 1]
         others = [parameter for parameter in trainable if not (group.config.weight_decay and parameter.ndim > 1)]
-        settings = {"name": group.name, "lr": group.config.lr, "betas": group.config.betas, "eps": group.config.eps}
+        settings = {
+            "name": group.name,
+            "lr": group.config.lr,
+            "betas": group.config.betas,
+            "eps": group.config.eps,
+        }
         for parameters, weight_decay in ((decayed, group.config.weight_decay), (others, 0.0)):
             if parameters:
                 param_groups.append({**settings, "params": parameters, "weight_decay": weight_decay})

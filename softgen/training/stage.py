@@ -50,7 +50,7 @@ class Stage(LightningModule, ABC):
     def preview(self, batch: Batch) -> Tensor:
         """Images (n, 3, H, W) in [0, 1] that show the state of the training."""
 
-    def freeze(self, name: str, module: nn.Module) -> None:
+    def hold_frozen(self, name: str, module: nn.Module) -> None:
         """Hold a module in eval mode and without gradients to its weights, outside parameters and checkpoints."""
         self._frozen[name] = module.requires_grad_(requires_grad=False).eval()
 
@@ -60,8 +60,8 @@ class Stage(LightningModule, ABC):
 
     def _apply(self: S, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> S:  # noqa: FBT001, FBT002
         for module in self._frozen.values():
-            module._apply(fn)
-        super()._apply(fn, recurse)
+            module._apply(fn)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def noise(self, batch: Batch, stream: str) -> SampleRandom:
@@ -117,9 +117,7 @@ class Stage(LightningModule, ABC):
         if not gradient_clip_val:
             return
         if gradient_clip_algorithm not in (None, "norm"):
-            raise ValueError(
-                f"trainer.gradient_clip_algorithm: expected norm, got {gradient_clip_algorithm}"
-            )
+            raise ValueError(f"trainer.gradient_clip_algorithm: expected norm, got {gradient_clip_algorithm}")
         by_name: dict[str, list[nn.Parameter]] = {}
         for group in optimizer.param_groups:
             by_name.setdefault(group["name"], []).extend(group["params"])

@@ -13,9 +13,7 @@ from softgen.relaxation import Distance, neighbour_distribution
 Target = Literal["hard", "label_smoothing", "snce"]
 
 
-def check_target(
-    target: str, *, label_smoothing: float, two_tau_squared: float | Literal["auto"], key: str
-) -> None:
+def check_target(target: str, *, label_smoothing: float, two_tau_squared: float | Literal["auto"], key: str) -> None:
     """Refuse impossible settings.
 
     Raises:

@@ -76,7 +76,7 @@ class TeacherTraining(Stage):
         opened = load_tokenizer(tokenizer, key="model.tokenizer") if isinstance(tokenizer, str) else tokenizer
         model.check(key="model.model")
         check_compatible(model, opened, key="model.tokenizer")
-        self.freeze("tokenizer", opened)
+        self.hold_frozen("tokenizer", opened)
         self.tokenizer = opened
         self.model = model
         self.target = target
@@ -120,7 +120,8 @@ class TeacherTraining(Stage):
     def _site_loss(self, logits: Tensor, example: _Example) -> Tensor:
         if self.target != "snce":
             return hard_cross_entropy(logits, example.tokens, label_smoothing=self.label_smoothing)
-        assert example.latents is not None and isinstance(self.two_tau_squared, float)
+        assert example.latents is not None
+        assert isinstance(self.two_tau_squared, float)
         return neighbour_cross_entropy_dense(
             logits,
             example.latents,
@@ -156,16 +157,16 @@ class TeacherTraining(Stage):
         if self.two_tau_squared == "auto":
             self.two_tau_squared = auto_two_tau_squared(flat, codebook, distance=self.snce_distance)
         spread = perplexity(
-            neighbour_distribution(
-                flat, codebook, two_tau_squared=self.two_tau_squared, distance=self.snce_distance
-            )
+            neighbour_distribution(flat, codebook, two_tau_squared=self.two_tau_squared, distance=self.snce_distance)
         )
         mean, median = spread.mean().item(), spread.median().item()
         rank_zero_info(
             f"SNCE: 2 tau^2 = {self.two_tau_squared:.4g}, perplexity of q: median {median:.1f}, mean {mean:.1f}"
         )
         if mean > self.tokenizer.num_codes / 10 or median < 1.2:
-            rank_zero_warn(f"SNCE: the neighbour distribution is extreme (mean perplexity {mean:.1f}); see two_tau_squared")
+            rank_zero_warn(
+                f"SNCE: the neighbour distribution is extreme (mean perplexity {mean:.1f}); see two_tau_squared"
+            )
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Held-out loss under the same noise every time."""

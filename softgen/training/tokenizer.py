@@ -1,11 +1,11 @@
 """Stage 1: train an image tokenizer."""
 
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from softgen.data.base import Batch
+from softgen.distributed import sum_over_ranks
 from softgen.pretrained import Pretrained
 from softgen.random import SampleRandom
 from softgen.tokenizers.conv_vq import ConvVQTokenizer
@@ -98,7 +98,7 @@ class TokenizerTraining(Stage):
 
     def on_validation_epoch_end(self) -> None:
         """Log the share of codes that the held-out images use, and its perplexity."""
-        counts = self.all_gather(self._val_counts).reshape(-1, self.tokenizer.num_codes).sum(0)
+        counts = sum_over_ranks(self._val_counts)
         share = counts / counts.sum().clamp(min=1)
         self.log("val/codebook_used", (counts > 0).float().mean())
         self.log("val/perplexity", torch.special.entr(share).sum().exp())
@@ -115,5 +115,3 @@ def _pick(rows: Tensor, count: int, noise: SampleRandom) -> Tensor:
     per_sample = -(-count // len(noise))
     choice = noise.integers(rows.shape[0], per_sample).flatten()[:count]
     return rows[choice]
-
-

@@ -61,9 +61,7 @@ def fit(
     num_workers: int = 0,
 ) -> tuple[Recorder, Trainer]:
     recorder = Recorder()
-    callbacks = (
-        [] if save_in is None else [ModelCheckpoint(save_in, "{step}", every_n_train_steps=1, save_top_k=-1)]
-    )
+    callbacks = [] if save_in is None else [ModelCheckpoint(save_in, "{step}", every_n_train_steps=1, save_top_k=-1)]
     trainer = Trainer(
         accelerator="cpu",
         max_steps=max_steps,
@@ -120,14 +118,10 @@ def test_without_shuffling_the_order_is_the_sources_own() -> None:
 def test_ranks_together_visit_what_one_rank_visits_with_their_batches_joined(world_size: int) -> None:
     single = list(OrdinalBatches(batch_size=2 * world_size, epoch_length=24, position=lambda: (3, 0)))
     ranks = [
-        list(
-            OrdinalBatches(
-                batch_size=2, epoch_length=24, rank=rank, world_size=world_size, position=lambda: (3, 0)
-            )
-        )
+        list(OrdinalBatches(batch_size=2, epoch_length=24, rank=rank, world_size=world_size, position=lambda: (3, 0)))
         for rank in range(world_size)
     ]
-    joined = [sum(parts, []) for parts in zip(*ranks, strict=True)]
+    joined = [[ordinal for part in parts for ordinal in part] for parts in zip(*ranks, strict=True)]
     assert joined == single
     assert joined[0][0] == 3 * 24
 
@@ -169,9 +163,7 @@ def test_loaders_without_a_trainer() -> None:
 
 
 def test_a_batch_larger_than_the_data_is_refused() -> None:
-    message = (
-        r"data.batch_size: expected at most 22 \(the number of training images\) over 1 process\(es\), got 23"
-    )
+    message = r"data.batch_size: expected at most 22 \(the number of training images\) over 1 process\(es\), got 23"
     with pytest.raises(ValueError, match=message):
         CountingData(batch_size=23).train_dataloader()
 
@@ -185,9 +177,7 @@ def test_arguments_are_checked(key: str, value: int, least: int) -> None:
 def test_every_epoch_of_a_fit_has_its_own_order_and_validation_always_the_same() -> None:
     recorder, _ = fit(12)
     assert [ordinals[0] for ordinals, _ in recorder.train_seen] == list(range(0, 60, 5))
-    epochs = [
-        [label for _, labels in recorder.train_seen[4 * e : 4 * e + 4] for label in labels] for e in range(3)
-    ]
+    epochs = [[label for _, labels in recorder.train_seen[4 * e : 4 * e + 4] for label in labels] for e in range(3)]
     assert all(len(set(epoch)) == 20 for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
     assert recorder.val_seen == 3 * [([0, 1, 2, 3, 4], [0, 1, 2, 3, 4]), ([5, 6], [5, 6])]

@@ -54,7 +54,7 @@ def test_limit_takes_the_first_training_images(tmp_path: Path) -> None:
 
 
 def test_a_limit_below_one_is_refused() -> None:
-    with pytest.raises(ValueError, match="^data.limit: expected at least 1, got 0$"):
+    with pytest.raises(ValueError, match=r"^data.limit: expected at least 1, got 0$"):
         FashionMNIST(limit=0)
 
 
@@ -64,9 +64,8 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
     data = FashionMNIST(tmp_path, download=False)
     data.prepare_data()
     message = (
-        "data.root: expected a folder with train-images-idx3-ubyte[.gz] and its three companions, in itself or
-            in "
-        f"FashionMNIST/raw, got '{tmp_path}'"
+        "data.root: expected a folder with train-images-idx3-ubyte[.gz] and its three companions, "
+        f"in itself or in FashionMNIST/raw, got '{tmp_path}'"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         data.setup("fit")
@@ -96,9 +95,7 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
 def test_foreign_files_are_refused_by_name(name: str, content: bytes, message: str, tmp_path: Path) -> None:
     write_files(tmp_path, zipped=False)
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(
-        ValueError, match=f"^{re.escape(str(tmp_path / name))}: .*{re.escape(message)}"
-    ) as error:
+    with pytest.raises(ValueError, match=f"^{re.escape(str(tmp_path / name))}: .*{re.escape(message)}") as error:
         FashionMNIST(tmp_path).setup("fit")
     assert "\n" not in str(error.value)
 
@@ -108,9 +105,7 @@ def test_a_broken_gzip_is_refused_by_name(cut: slice, tmp_path: Path) -> None:
     write_files(tmp_path)
     path = tmp_path / "t10k-images-idx3-ubyte.gz"
     path.write_bytes(path.read_bytes()[cut])
-    with pytest.raises(
-        ValueError, match=f"^{re.escape(str(path))}: expected a whole gzip file, got one that does"
-    ):
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))}: expected a whole gzip file, got one that does"):
         FashionMNIST(tmp_path).setup("fit")
 
 

@@ -45,9 +45,7 @@ def test_a_flat_folder_has_no_labels(tmp_path: Path) -> None:
     assert data.num_classes == 0
     batch = data.train_source().fetch(range(4))
     assert set(batch) == {"image"}
-    torch.testing.assert_close(
-        batch["image"].mean(dim=(0, 2, 3)), torch.tensor([1.0, 0.0, 0.2]), atol=0.02, rtol=0
-    )
+    torch.testing.assert_close(batch["image"].mean(dim=(0, 2, 3)), torch.tensor([1.0, 0.0, 0.2]), atol=0.02, rtol=0)
 
 
 def test_shorter_edge_is_scaled_and_the_centre_cut(tmp_path: Path) -> None:
@@ -79,9 +77,7 @@ def test_flips_are_a_fixed_half_of_the_training_images(tmp_path: Path) -> None:
         image.save(tmp_path / f"{index:02}.png")
 
     def flipped(seed: int) -> list[bool]:
-        source = ImageFolder(
-            tmp_path, image_size=8, val_fraction=0.25, random_flip=True, seed=seed
-        ).train_source()
+        source = ImageFolder(tmp_path, image_size=8, val_fraction=0.25, random_flip=True, seed=seed).train_source()
         return [bool(row[0, 0, 0] == 0) for row in source.fetch(range(48))["image"]]
 
     assert 12 < sum(flipped(0)) < 36
@@ -98,9 +94,7 @@ def test_corrupt_images_are_skipped_with_one_warning(two_classes: Path) -> None:
     with pytest.warns(UserWarning, match="corrupt") as caught:
         data.setup("fit")
     first = two_classes / "ant" / "3.PNG"
-    assert [str(w.message) for w in caught] == [
-        f"data.root: skipped 2 corrupt image(s), the first is '{first}'"
-    ]
+    assert [str(w.message) for w in caught] == [f"data.root: skipped 2 corrupt image(s), the first is '{first}'"]
     assert len(data.train_source()) + len(data.val_source()) == 18
 
 
@@ -125,9 +119,7 @@ def test_an_image_that_breaks_later_is_named(tmp_path: Path) -> None:
     source = ImageFolder(tmp_path, image_size=8, val_fraction=0.5).train_source()
     for path in tmp_path.iterdir():
         path.write_bytes(b"")
-    with pytest.raises(
-        ValueError, match=r"^data.root: expected an image, got '.*\.png', which cannot be read"
-    ):
+    with pytest.raises(ValueError, match=r"^data.root: expected an image, got '.*\.png', which cannot be read"):
         source.fetch([0])
 
 
@@ -137,14 +129,12 @@ def test_empty_and_missing_folders_are_refused(tmp_path: Path) -> None:
     ):
         ImageFolder(tmp_path, image_size=8)
     missing = tmp_path / "missing"
-    with pytest.raises(
-        ValueError, match=f"^data.root: expected a folder with images, got '{missing}', which is no"
-    ):
+    with pytest.raises(ValueError, match=f"^data.root: expected a folder with images, got '{missing}', which is no"):
         ImageFolder(missing, image_size=8)
 
 
 def test_sizes_are_checked(two_classes: Path) -> None:
-    with pytest.raises(ValueError, match="^data.image_size: expected at least 1, got 0$"):
+    with pytest.raises(ValueError, match=r"^data.image_size: expected at least 1, got 0$"):
         ImageFolder(two_classes, image_size=0)
     with pytest.raises(ValueError, match=r"^data.resize: expected at least data.image_size \(8\), got 7$"):
         ImageFolder(two_classes, image_size=8, resize=7)

@@ -35,5 +35,5 @@ def test_counts_are_checked(key: str) -> None:
 
 
 def test_image_size_is_checked() -> None:
-    with pytest.raises(ValueError, match="^data.image_size: expected at least 0, got -1$"):
+    with pytest.raises(ValueError, match=r"^data.image_size: expected at least 0, got -1$"):
         Labels(2, image_size=-1)

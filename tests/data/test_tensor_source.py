@@ -44,9 +44,7 @@ def test_a_fetched_batch_may_be_changed_in_place() -> None:
         ((2, 4, 4), torch.uint8, 3, r"labels: expected 2, one an image, got shape \(3,\)"),
     ],
 )
-def test_other_tensors_are_refused(
-    shape: tuple[int, ...], dtype: torch.dtype, labels: int, message: str
-) -> None:
+def test_other_tensors_are_refused(shape: tuple[int, ...], dtype: torch.dtype, labels: int, message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}$"):
         TensorSource(torch.zeros(shape, dtype=dtype), torch.zeros(labels))
 

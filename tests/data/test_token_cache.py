@@ -115,7 +115,7 @@ def test_a_failure_leaves_the_old_cache(tmp_path: Path) -> None:
     folder = tmp_path / "cache"
     write_token_cache(folder, RowTokenizer(), Unlabelled(), progress=False)
     before = TokenCache(folder).train_source().fetch([0])["token"]
-    with pytest.raises(ValueError, match="^tokenizer: expected tokens from 0 to 9, got 128 to 128$"):
+    with pytest.raises(ValueError, match=r"^tokenizer: expected tokens from 0 to 9, got 128 to 128$"):
         write_token_cache(folder, RowTokenizer(num_codes=10), Unlabelled(), progress=False)
     assert torch.equal(TokenCache(folder).train_source().fetch([0])["token"], before)
     assert [path.name for path in tmp_path.iterdir()] == ["cache"]
@@ -158,9 +158,7 @@ def test_truncated_and_exchanged_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"^data.root: expected a whole token cache, got '{path}'"):
         TokenCache(folder).setup("fit")
     path.write_bytes((folder / "val_tokens.npy").read_bytes())
-    with pytest.raises(
-        ValueError, match=rf"^{path}: expected uint16 of shape \(5, 8\), got uint16 of shape \(2, 8\)$"
-    ):
+    with pytest.raises(ValueError, match=rf"^{path}: expected uint16 of shape \(5, 8\), got uint16 of shape \(2, 8\)$"):
         TokenCache(folder).setup("fit")
     np.save(path, np.array([object()]), allow_pickle=True)
     with pytest.raises(ValueError, match=f"^data.root: expected a whole token cache, got '{path}'"):

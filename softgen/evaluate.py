@@ -1,0 +1,173 @@
+"""Score a teacher or a one-step generator: `python -m softgen.evaluate --model runs/digits/3_dimo/model`."""
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from softgen.cli import run_command
+from softgen.data.base import ImageDataModule
+from softgen.generation import balanced_labels, generate, one_step_tokens, teacher_tokens
+from softgen.guidance import check_guidance
+from softgen.loading import check_compatible, load_tokenizer
+from softgen.metrics.protocol import Protocol, small_protocol
+from softgen.models.generator import OneStepGenerator
+from softgen.pretrained import Pretrained
+from softgen.sample import backbone_of, best_device, check_positive
+from softgen.sampling import HaltonSampler, MaskGITSampler, reveal_counts
+
+PROGRAM = "softgen.evaluate"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table: `fd` is the Frechet distance that the protocol names."""
+
+    name: str
+    protocol: str
+    fd: float
+    n: int
+    accuracy: float | None
+    precision: float | None
+    recall: float | None
+    entropy_score: float | None
+    seconds: float
+
+
+def evaluate(
+    *,
+    model: str,
+    data: ImageDataModule | None = None,
+    data_name: Literal["digits", "fashion_mnist"] = "digits",
+    data_root: str = "data/fashion_mnist",
+    extractor: str | None = None,
+    tokenizer: str | None = None,
+    n: int = 0,
+    steps: list[int] = [8],  # noqa: B006 - never changed; jsonargparse shows it
+    sampler: Literal["maskgit", "halton"] = "maskgit",
+    guidance: float = 1.0,
+    confidence_noise: float = 4.5,
+    temperature: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 256,
+    out: str | None = None,
+    device: str | None = None,
+    threads: int | None = None,
+) -> None:
+    """Print Frechet distance, class accuracy, precision and recall, each with its protocol and n.
+
+    Args:
+        model: Folder or hub id of a teacher, or of a one-step generator (which ignores the options of samplers).
+        data: Real images, as a data module (class_path and init_args); with it, `extractor` is required to exist.
+        data_name: Real images known by name, where `data` is not given.
+        data_root: Folder of Fashion-MNIST's files.
+        extractor: Folder of the classifier whose features are compared; by default runs/<data_name>/extractor, where
+            it is trained (fixed seed, under a minute) if it is not there yet.
+        tokenizer: Folder or hub id; by default the one beside the model.
+        n: Number of samples; 0 takes 1797 for digits and 10,000 otherwise.
+        steps: For a teacher, one row for each number of steps.
+        sampler: `maskgit` or `halton`.
+        guidance: Scale of classifier-free guidance; 1 is off.
+        confidence_noise: Gumbel noise on the ranking of `maskgit`.
+        temperature: Of the drawn codes.
+        seed: Of the samples.
+        batch_size: Images a pass.
+        out: JSON file to write the rows to.
+        device: Torch device; by default the best one present.
+        threads: CPU threads; 1 is fastest for small models.
+
+    Raises:
+        ValueError: Naming the option, what was expected and what was got.
+    """
+    n = n or (1797 if data is None and data_name == "digits" else 10_000)
+    check_positive(n=n, batch_size=batch_size)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    target = torch.device(device) if device else best_device()
+    opened = Pretrained.from_pretrained(model, key="model").to(target)
+    backbone = backbone_of(opened, key="model")
+    decoder = load_tokenizer(tokenizer if tokenizer is not None else model).to(target)
+    check_compatible(backbone, decoder)
+    check_guidance(backbone, guidance)
+    sources = {}
+    if isinstance(opened, OneStepGenerator):
+        sources["one_step"] = one_step_tokens(opened, temperature=temperature)
+    else:
+        for count in steps:
+            reveal_counts("arccos", num_sites=backbone.num_sites, steps=count)
+            chosen: MaskGITSampler | HaltonSampler
+            if sampler == "maskgit":
+                chosen = MaskGITSampler(
+                    steps=count, guidance=guidance, confidence_noise=confidence_noise, temperature=temperature
+                )
+            else:
+                chosen = HaltonSampler(steps=count, guidance=guidance, temperature=temperature)
+            sources[f"{sampler}_{count}"] = teacher_tokens(backbone, chosen)
+    protocol = named_protocol(data_name, data_root=data_root, folder=extractor) if data is None else None
+    if protocol is None:
+        assert data is not None
+        if extractor is None:
+            raise ValueError("extractor: expected the folder of a classifier to go with data, got none")
+        protocol = small_protocol(data, name=Path(extractor).name, epochs=8, folder=extractor)
+    rows = []
+    labels = balanced_labels(n, num_classes=backbone.num_classes)
+    for name, source in sources.items():
+        made = generate(source, decoder, labels, seed=seed, batch_size=batch_size, progress=name)
+        quality = protocol.score(made.images, labels if backbone.num_classes else None)
+        row = Row(name=name, protocol=protocol.name(n), seconds=round(made.seconds, 3), **asdict(quality))
+        rows.append(row)
+        print(_line(row))
+    if out is not None:
+        write_json(
+            Path(out),
+            {"model": model, "seed": seed, "guidance": guidance, "rows": [asdict(row) for row in rows]},
+        )
+
+
+def named_protocol(
+    name: Literal["digits", "fashion_mnist"],
+    *,
+    data_root: str,
+    folder: str | None = None,
+    progress: bool = True,
+) -> Protocol:
+    """The protocol of a data set that comes with the toolkit: `digitsnet` or `fashionnet`."""
+    from softgen.data import Digits, FashionMNIST
+
+    path = folder if folder is not None else f"runs/{name}/extractor"
+    if name == "digits":
+        reference = Digits(train_on_all=True)
+        return small_protocol(
+            Digits(), name="digitsnet", epochs=12, folder=path, reference=reference, progress=progress
+        )
+    data = FashionMNIST(root=data_root)
+    return small_protocol(data, name="fashionnet", epochs=4, folder=path, progress=progress)
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write a JSON file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.partial")
+    scratch.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(scratch, path)
+
+
+def _line(row: Row) -> str:
+    parts = [f"{row.name:12s} {row.protocol} {row.fd:.3f}"]
+    for key in ("accuracy", "precision", "recall", "entropy_score"):
+        value = getattr(row, key)
+        if value is not None:
+            parts.append(f"{key} {value:.3f}")
+    return "  ".join([*parts, f"n {row.n}", f"sampling {row.seconds:.1f} s"])
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command."""
+    run_command(evaluate, program=PROGRAM, args=args)
+
+
+if __name__ == "__main__":
+    main()

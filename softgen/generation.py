@@ -1,0 +1,78 @@
+"""Images from a teacher or a one-step generator, in batches, the same whatever the batch size."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from softgen.models.base import MaskedDiffusionModel
+from softgen.models.generator import OneStepGenerator
+from softgen.random import SampleRandom, derive_seed
+from softgen.sampling import HaltonSampler, MaskGITSampler
+from softgen.tokenizers.base import ImageTokenizer
+
+TokenSource = Callable[[Tensor, SampleRandom], Tensor]
+"""Maps labels (B,) and their noise to tokens (B, N)."""
+
+
+@dataclass(frozen=True)
+class Generated:
+    """Generated images (n, 3, H, W) in [0, 1] on the CPU, and the seconds that sampling the tokens took."""
+
+    images: Tensor
+    seconds: float
+
+
+def teacher_tokens(model: MaskedDiffusionModel, sampler: MaskGITSampler | HaltonSampler) -> TokenSource:
+    """Tokens by a multi-step sampler."""
+    return lambda labels, noise: sampler(model, model.encode(labels), noise)
+
+
+def one_step_tokens(generator: OneStepGenerator, *, temperature: float = 1.0) -> TokenSource:
+    """Tokens by one pass of a generator."""
+    return lambda labels, noise: generator.sample(generator.model.encode(labels), noise, temperature=temperature)
+
+
+@torch.inference_mode()
+def generate(
+    tokens_of: TokenSource,
+    tokenizer: ImageTokenizer,
+    labels: Tensor,
+    *,
+    seed: int,
+    batch_size: int = 256,
+    progress: str | None = None,
+) -> Generated:
+    """Sample one image a label.
+
+    Args:
+        tokens_of: From `teacher_tokens` or `one_step_tokens`.
+        tokenizer: Decodes the tokens; its device is used throughout.
+        labels: (n,) int64.
+        seed: Image i depends on (seed, i) alone.
+        batch_size: Images a pass.
+        progress: Text of a progress bar; None shows none.
+    """
+    device = tokenizer.codebook.device
+    images, seconds = [], 0.0
+    for ordinals in tqdm(list(_slices(len(labels), batch_size)), desc=progress, disable=progress is None):
+        noise = SampleRandom(derive_seed(seed, "generate"), ordinals, device=device)
+        batch = labels[ordinals.start : ordinals.stop].to(device)
+        start = time.perf_counter()
+        tokens = tokens_of(batch, noise)
+        seconds += time.perf_counter() - start
+        images.append(tokenizer.decode(tokens).float().cpu())
+    return Generated(images=torch.cat(images), seconds=seconds)
+
+
+def balanced_labels(n: int, *, num_classes: int) -> Tensor:
+    """Labels 0, 1, ..., num_classes - 1, 0, 1, ...: n of them, int64; zeros for a model without classes."""
+    return torch.arange(n) % max(1, num_classes)
+
+
+def _slices(n: int, size: int) -> Iterator[range]:
+    for first in range(0, n, size):
+        yield range(first, min(first + size, n))

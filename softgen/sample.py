@@ -1,0 +1,155 @@
+"""Write images from a teacher or a one-step generator: `python -m softgen.sample --model runs/digits/3_dimo/model`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from softgen.cli import run_command
+from softgen.generation import TokenSource, balanced_labels, generate, one_step_tokens, teacher_tokens
+from softgen.guidance import check_guidance
+from softgen.images import save_grid, save_image
+from softgen.loading import check_compatible, load_tokenizer
+from softgen.masking import Schedule
+from softgen.models.base import MaskedDiffusionModel
+from softgen.models.generator import OneStepGenerator
+from softgen.pretrained import Pretrained
+from softgen.sampling import HaltonSampler, MaskGITSampler, reveal_counts
+
+PROGRAM = "softgen.sample"
+
+
+def sample(
+    *,
+    model: str,
+    tokenizer: str | None = None,
+    out: str = "samples",
+    n: int = 80,
+    labels: list[int] | None = None,
+    sampler: Literal["maskgit", "halton"] = "maskgit",
+    steps: int = 8,
+    schedule: Schedule = "arccos",
+    guidance: float = 1.0,
+    confidence_noise: float = 4.5,
+    temperature: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 256,
+    columns: int = 10,
+    save_images: bool = True,
+    device: str | None = None,
+) -> None:
+    """Sample images and write grid.png and images/00000.png, ... to a folder.
+
+    Args:
+        model: Folder or hub id of a teacher, or of a one-step generator (which ignores the options of samplers).
+        tokenizer: Folder or hub id; by default the one beside the model.
+        out: Folder to write to.
+        n: Number of images.
+        labels: Classes to go round; by default all.
+        sampler: `maskgit` reveals the most confident sites first, `halton` spreads them over the image.
+        steps: Passes of a multi-step sampler.
+        schedule: Sites left masked over time.
+        guidance: Scale of classifier-free guidance; 1 is off.
+        confidence_noise: Gumbel noise on the ranking of `maskgit`.
+        temperature: Of the drawn codes; 0 takes the likeliest.
+        seed: Image i depends on (seed, i) alone.
+        batch_size: Images a pass.
+        columns: Images a row of the grid.
+        save_images: Write each image, not the grid alone.
+        device: Torch device; by default the best one present.
+
+    Raises:
+        ValueError: Naming the option, what was expected and what was got.
+    """
+    check_positive(n=n, batch_size=batch_size, columns=columns)
+    if not temperature >= 0:
+        raise ValueError(f"temperature: expected a number of at least 0, got {temperature}")
+    target = torch.device(device) if device else best_device()
+    opened = Pretrained.from_pretrained(model, key="model").to(target)
+    decoder = load_tokenizer(tokenizer if tokenizer is not None else model).to(target)
+    backbone = backbone_of(opened, key="model")
+    check_compatible(backbone, decoder)
+    if isinstance(opened, OneStepGenerator):
+        tokens_of: TokenSource = one_step_tokens(opened, temperature=temperature)
+    else:
+        check_guidance(backbone, guidance)
+        reveal_counts(schedule, num_sites=backbone.num_sites, steps=steps)
+        chosen = (
+            MaskGITSampler(
+                steps=steps,
+                schedule=schedule,
+                guidance=guidance,
+                confidence_noise=confidence_noise,
+                temperature=temperature,
+            )
+            if sampler == "maskgit"
+            else HaltonSampler(steps=steps, schedule=schedule, guidance=guidance, temperature=temperature)
+        )
+        tokens_of = teacher_tokens(backbone, chosen)
+    wanted = wanted_labels(labels, n=n, num_classes=backbone.num_classes)
+    result = generate(tokens_of, decoder, wanted, seed=seed, batch_size=batch_size, progress="sampling")
+    _write(result.images, Path(out), columns=columns, save_images=save_images)
+    print(f"{n} images in {result.seconds:.2f} s of sampling: {Path(out) / 'grid.png'}")
+
+
+def wanted_labels(labels: Sequence[int] | None, *, n: int, num_classes: int) -> Tensor:
+    """N labels that go round `labels`, or round all classes.
+
+    Raises:
+        ValueError: If a label is not a class.
+    """
+    if labels is None:
+        return balanced_labels(n, num_classes=num_classes)
+    for label in labels:
+        if not 0 <= label < max(1, num_classes):
+            raise ValueError(f"labels: expected classes in 0..{num_classes - 1}, got {label}")
+    if not labels:
+        raise ValueError("labels: expected at least one class, got none")
+    return torch.tensor(labels)[torch.arange(n) % len(labels)]
+
+
+def backbone_of(opened: Pretrained, *, key: str) -> MaskedDiffusionModel:
+    """The network of a teacher or of a generator.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    backbone = opened.model if isinstance(opened, OneStepGenerator) else opened
+    if not isinstance(backbone, MaskedDiffusionModel):
+        raise ValueError(f"{key}: expected a teacher or a one-step generator, got a {type(opened).__name__}")
+    return backbone
+
+
+def best_device() -> torch.device:
+    """The accelerator that torch sees, or the CPU."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return accelerator if accelerator is not None else torch.get_default_device()
+
+
+def check_positive(**counts: int) -> None:
+    """Refuse counts below 1.
+
+    Raises:
+        ValueError: Naming the first.
+    """
+    for name, value in counts.items():
+        if value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}")
+
+
+def _write(images: Tensor, folder: Path, *, columns: int, save_images: bool) -> None:
+    save_grid(images[: columns * columns], folder / "grid.png", columns=columns)
+    if save_images:
+        for index, image in enumerate(images):
+            save_image(image, folder / "images" / f"{index:05d}.png")
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command."""
+    run_command(sample, program=PROGRAM, args=args)
+
+
+if __name__ == "__main__":
+    main()

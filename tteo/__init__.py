@@ -1,0 +1,1 @@
+"""Test-time embedding optimisation (TTEO) of one-step generators."""
