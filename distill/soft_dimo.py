@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from distill.objectives.base import DistillState, Objective
 from distill.objectives.dimo import DiMO
+from softgen.categorical import sample_categorical
 from softgen.data.base import Batch
 from softgen.loading import check_compatible, load_generator, load_model, load_tokenizer
 from softgen.models.base import MaskedDiffusionModel
@@ -15,7 +16,6 @@ from softgen.models.conditions import Condition
 from softgen.models.generator import OneStepGenerator
 from softgen.pretrained import CONFIG_NAME, resolve_folder
 from softgen.relaxation import decoding_gap, probabilities, sharpness
-from softgen.sampling import sample_categorical
 from softgen.tokenizers.base import ImageTokenizer
 from softgen.training.optimization import OptimizerConfig, ParameterGroup
 from softgen.training.stage import Stage
@@ -55,14 +55,14 @@ class SoftDiMO(Stage):
         super().__init__(optimizer=optimizer, seed=seed)
         if not temperature > 0:
             raise ValueError(f"model.temperature: expected a number above 0, got {temperature}")
-        self.teacher = load_model(teacher, key="model.teacher") if isinstance(teacher, str) else teacher
-        self.tokenizer = _open_tokenizer(tokenizer, teacher)
         self.temperature = temperature
-        self.teacher.check(key="model.teacher")
-        self.hold_frozen("teacher", self.teacher)
-        if self.tokenizer is not None:
-            check_compatible(self.teacher, self.tokenizer, key="model.tokenizer")
-            self.hold_frozen("tokenizer", self.tokenizer)
+        opened = load_model(teacher, key="model.teacher") if isinstance(teacher, str) else teacher
+        opened.check(key="model.teacher")
+        self.hold_frozen("teacher", opened)
+        decoder = _open_tokenizer(tokenizer, teacher)
+        if decoder is not None:
+            check_compatible(opened, decoder, key="model.tokenizer")
+            self.hold_frozen("tokenizer", decoder)
 
         self.student = _open_student(student, self.teacher, r_init=r_init, noise=noise)
         self.student.requires_grad_().train()
@@ -87,6 +87,20 @@ class SoftDiMO(Stage):
         for objective in self.objectives:
             assert isinstance(objective, Objective)
             yield objective
+
+    @property
+    def teacher(self) -> MaskedDiffusionModel:
+        """The frozen teacher."""
+        teacher = self.frozen("teacher")
+        assert isinstance(teacher, MaskedDiffusionModel)
+        return teacher
+
+    @property
+    def tokenizer(self) -> ImageTokenizer | None:
+        """The frozen tokenizer, if there is one."""
+        tokenizer = self.frozen("tokenizer")
+        assert tokenizer is None or isinstance(tokenizer, ImageTokenizer)
+        return tokenizer
 
     @property
     def product(self) -> OneStepGenerator:
@@ -162,10 +176,10 @@ class SoftDiMO(Stage):
         self.log_dict(values, batch_size=len(batch["ordinal"]), sync_dist=True)
 
     @torch.no_grad()
-    def preview(self, batch: Batch) -> Tensor:
-        """One-step samples under the batch's conditions."""
+    def preview(self, batch: Batch) -> Tensor | None:
+        """One-step samples under the batch's conditions; None without a tokenizer to decode them."""
         if self.tokenizer is None:
-            raise ValueError("model.tokenizer: expected a tokenizer to decode the preview, got none")
+            return None
         small = {**batch, "ordinal": batch["ordinal"][:32]}
         condition = self._condition(batch)[: len(small["ordinal"])]
         return self.tokenizer.decode(self.student.sample(condition, self.noise(small, "preview")))

@@ -14,16 +14,23 @@ USER_ERRORS = (ValueError, TypeError, FileNotFoundError, NotADirectoryError, Per
 
 
 def one_line(message: object) -> str:
-    """Fold a message of several lines into one; of jsonargparse's union reports keep the reason alone."""
+    """Fold a message of several lines into one: the key, then the reason.
+
+    jsonargparse reports every branch of a union; the branches that only say that None was possible are left out.
+    """
     lines = [line.rstrip() for line in str(message).splitlines() if line.strip()]
     for index, line in enumerate(lines):
-        if "Does not validate against any of the Union subtypes" not in line:
-            continue
-        reasons = [text.strip()[2:] for text in lines[index + 1 :] if text.strip().startswith("- ")]
-        useful = [reason for reason in reasons if "NoneType" not in reason] or reasons
-        head = line.split("Does not validate")[0]
-        return re.sub(r"\s+", " ", head + " ".join(useful[:1])).strip()
-    return re.sub(r"\s+", " ", " ".join(lines)).strip()
+        if "Does not validate against any of the Union subtypes" in line:
+            rest = "\n".join(lines[index + 1 :]).split("\n  Given value type")[0]
+            reasons = re.split(r"^\s+- ", rest, flags=re.MULTILINE)[1:]
+            useful = [reason for reason in reasons if "NoneType" not in reason] or reasons
+            lines = [*lines[:index], *useful[:1]]
+            break
+    text = re.sub(r"\s+", " ", " ".join(lines)).strip()
+    text = re.sub(r'Parser key "([^"]+)": ?', r"\1: ", text)
+    return re.sub(
+        r"Option '([^']+)' is not accepted", r"unknown key: expected an argument of that class, got '\1'", text
+    )
 
 
 def fail(message: object, *, program: str) -> NoReturn:
@@ -35,15 +42,19 @@ def fail(message: object, *, program: str) -> NoReturn:
 class OneLineErrors:
     """Mixin of argument parsers: an error is one line, without the usage."""
 
-    prog: str
+    program: str
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print one line on stderr and exit with code 2."""
-        fail(message, program=self.prog)
+        fail(message, program=self.program)
 
 
 class CommandParser(OneLineErrors, ArgumentParser):
     """The argument parser of the small commands."""
+
+    def __init__(self, *, program: str, description: str) -> None:
+        super().__init__(prog=f"python -m {program}", description=description)
+        self.program = program
 
 
 @contextmanager
@@ -63,7 +74,7 @@ def run_command(function: Callable[..., Any], *, program: str, args: list[str] |
         program: Shown in help and errors.
         args: Command-line words; by default those of the process.
     """
-    parser = CommandParser(prog=program, description=(function.__doc__ or "").splitlines()[0])
+    parser = CommandParser(program=program, description=(function.__doc__ or "").splitlines()[0])
     parser.add_argument("--config", action="config", help="Options from a YAML file.")
     parser.add_function_arguments(function)
     parsed = parser.parse_args(args)

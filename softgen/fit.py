@@ -31,6 +31,8 @@ PROGRAM = "softgen.fit"
 class StageParser(OneLineErrors, LightningArgumentParser):
     """Lightning's parser with one-line errors."""
 
+    program = PROGRAM
+
 
 class StageCLI(LightningCLI):
     """LightningCLI for stages: one seed, one run folder, one path to resume from."""

@@ -110,7 +110,14 @@ class ToyMaskedModel(MaskedDiffusionModel):
 
     @classmethod
     def random(
-        cls, *, num_classes: int, num_sites: int, num_codes: int, spread: float = 1.0, seed: int = 0
+        cls,
+        *,
+        num_classes: int,
+        num_sites: int,
+        num_codes: int,
+        spread: float = 1.0,
+        null_condition: bool = True,
+        seed: int = 0,
     ) -> "ToyMaskedModel":
         """A table of random log-probabilities.
 
@@ -119,11 +126,13 @@ class ToyMaskedModel(MaskedDiffusionModel):
             num_sites: N.
             num_codes: K.
             spread: Standard deviation of the log-probabilities; 0 is the uniform distribution.
+            null_condition: As in the constructor.
             seed: Of the table.
         """
         generator = torch.Generator().manual_seed(seed)
         shape = (num_classes, *[num_codes] * num_sites)
-        return cls(joint=(spread * torch.randn(shape, generator=generator)).exp())
+        joint = (spread * torch.randn(shape, generator=generator)).exp()
+        return cls(joint=joint, null_condition=null_condition)
 
     def joint(self, condition: Condition) -> Tensor:
         """The known answer: probabilities (B, S) of the S states, numbered as `state_index` does."""

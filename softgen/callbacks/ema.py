@@ -36,6 +36,9 @@ class StudentEMA(Callback):
         if not self._average:
             self._average = {name: value.detach().clone() for name, value in live.items()}
         self._average = {name: self._average[name].to(value.device) for name, value in live.items()}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The step to count from; a resumed run knows it only now."""
         self._last_step = trainer.global_step
 
     @torch.no_grad()

@@ -29,4 +29,6 @@ class SampleGrid(Callback):
             return
         assert isinstance(pl_module, Stage)
         images = pl_module.preview(batch)
+        if images is None:
+            return
         save_grid(images, self.folder / f"step_{trainer.global_step:06d}.png", columns=self.columns)

@@ -6,11 +6,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from softgen.categorical import UniformSource, sample_categorical
 from softgen.masking import exact_mask
 from softgen.models.base import MaskedDiffusionModel
 from softgen.models.conditions import Condition
 from softgen.pretrained import Pretrained
-from softgen.sampling import UniformSource, sample_categorical
 
 
 class NoiseSource(UniformSource, Protocol):

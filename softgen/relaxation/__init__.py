@@ -10,6 +10,7 @@ from softgen.relaxation.neighbours import (
     neighbour_logits,
     perplexity,
 )
+from softgen.relaxation.precision import full_precision
 
 __all__ = [
     "Distance",
@@ -17,6 +18,7 @@ __all__ = [
     "auto_two_tau_squared",
     "decoding_gap",
     "expected_embedding",
+    "full_precision",
     "gumbel_noise",
     "gumbel_softmax_st",
     "neighbour_distribution",

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from softgen.relaxation.expectation import expected_embedding, probabilities
+from softgen.relaxation.precision import full_precision
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,9 @@ def sharpness(logits: Tensor, embedding: Tensor | None = None) -> Sharpness:
         rows = embedding.to(probs.dtype)
         # Centring first: the trace is a small difference of large numbers for embeddings far from 0.
         rows = rows - rows.mean(dim=0)
-        second_moment = probs @ rows.square().sum(dim=-1)
-        trace = (second_moment - expected_embedding(probs, rows).square().sum(dim=-1)).mean()
+        with full_precision(rows):
+            second_moment = probs @ rows.square().sum(dim=-1)
+            trace = (second_moment - expected_embedding(probs, rows).square().sum(dim=-1)).mean()
     return Sharpness(
         max_probability=probs.amax(dim=-1).mean(),
         entropy=torch.special.entr(probs).sum(dim=-1).mean(),

@@ -16,7 +16,7 @@ def probabilities(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
     Raises:
         ValueError: If the temperature is not positive.
     """
-    if temperature <= 0:
+    if not temperature > 0:
         raise ValueError(f"temperature: expected a number above 0, got {temperature}")
     wide = logits if logits.element_size() == 8 else logits.float()
     return (wide / temperature).softmax(dim=-1) if temperature != 1 else wide.softmax(dim=-1)

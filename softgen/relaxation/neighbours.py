@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from softgen.relaxation.precision import full_precision
+
 Distance = Literal["l2", "dot", "cosine"]
 
 
@@ -39,12 +41,13 @@ def neighbour_logits(latents: Tensor, codebook: Tensor, *, two_tau_squared: floa
     z, v = latents.to(wide), codebook.to(wide)
     if distance == "cosine":
         z, v = F.normalize(z, dim=-1), F.normalize(v, dim=-1)
-    if distance != "l2":
-        return z @ v.T / two_tau_squared
-    # |z - v|^2 is invariant under a common shift; centring keeps float32 exact for codebooks far from 0.
-    centre = v.mean(dim=0)
-    z, v = z - centre, v - centre
-    return (2 * (z @ v.T) - v.square().sum(dim=-1)) / two_tau_squared
+    with full_precision(z):
+        if distance != "l2":
+            return z @ v.T / two_tau_squared
+        # |z - v|^2 is invariant under a common shift; centring keeps float32 exact for codebooks far from 0.
+        centre = v.mean(dim=0)
+        z, v = z - centre, v - centre
+        return (2 * (z @ v.T) - v.square().sum(dim=-1)) / two_tau_squared
 
 
 def neighbour_distribution(

@@ -40,11 +40,14 @@ class ImageTokenizer(Pretrained, ABC):
 
     @abstractmethod
     def quantize(self, latents: Tensor) -> Tensor:
-        """The codes of latents (B, N, D): (B, N) int64."""
+        """The nearest codes, (B, N) int64, of latents (B, N, D)."""
 
     @abstractmethod
     def decode_embeddings(self, embeddings: Tensor) -> Tensor:
-        """Images from code vectors (B, N, D), differentiable; `decode(t) == decode_embeddings(codebook[t])`."""
+        """Images from code vectors (B, N, D), differentiable.
+
+        Decoding tokens t is the same as decoding the rows `codebook[t]`.
+        """
 
     def encode(self, images: Tensor) -> Tensor:
         """The codes of images (B, 3, H, W) in [0, 1]: (B, N) int64."""

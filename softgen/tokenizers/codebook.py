@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from softgen.distributed import broadcast_from_rank_zero, sum_over_ranks
+from softgen.relaxation import full_precision
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ class EMACodebook(nn.Module):
 
     def nearest(self, latents: Tensor) -> Tensor:
         """Index of the nearest code of each unit latent (..., D); the first of equals."""
-        return (latents @ self.codes.T).argmax(dim=-1)
+        with full_precision(latents):
+            return (latents @ self.codes.T).argmax(dim=-1)
 
     @torch.no_grad()
     def reset_to(self, latents: Tensor) -> None:

@@ -47,16 +47,16 @@ class Stage(LightningModule, ABC):
         return None
 
     @abstractmethod
-    def preview(self, batch: Batch) -> Tensor:
-        """Images (n, 3, H, W) in [0, 1] that show the state of the training."""
+    def preview(self, batch: Batch) -> Tensor | None:
+        """Images (n, 3, H, W) in [0, 1] that show the state of the training, or None where there is no picture."""
 
     def hold_frozen(self, name: str, module: nn.Module) -> None:
         """Hold a module in eval mode and without gradients to its weights, outside parameters and checkpoints."""
         self._frozen[name] = module.requires_grad_(requires_grad=False).eval()
 
-    def frozen(self, name: str) -> nn.Module:
-        """The frozen module of that name."""
-        return self._frozen[name]
+    def frozen(self, name: str) -> nn.Module | None:
+        """The frozen module of that name, None if there is none."""
+        return self._frozen.get(name)
 
     def _apply(self: S, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> S:  # noqa: FBT001, FBT002
         for module in self._frozen.values():

@@ -77,7 +77,6 @@ class TeacherTraining(Stage):
         model.check(key="model.model")
         check_compatible(model, opened, key="model.tokenizer")
         self.hold_frozen("tokenizer", opened)
-        self.tokenizer = opened
         self.model = model
         self.target = target
         self.label_smoothing = label_smoothing if target == "label_smoothing" else 0.0
@@ -87,6 +86,13 @@ class TeacherTraining(Stage):
         self.mask_law = mask_law
         self.label_dropout = label_dropout if model.has_null_condition else 0.0
         self.preview_sampler = MaskGITSampler(steps=min(preview_steps, model.num_sites))
+
+    @property
+    def tokenizer(self) -> ImageTokenizer:
+        """The frozen tokenizer."""
+        tokenizer = self.frozen("tokenizer")
+        assert isinstance(tokenizer, ImageTokenizer)
+        return tokenizer
 
     @property
     def product(self) -> Pretrained:

@@ -1,0 +1,211 @@
+"""A run that is killed and resumed ends bit-equal to one that never stopped."""
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from softgen.callbacks import checkpoints, latest_checkpoint
+from softgen.fit import main
+from softgen.models import MaskedTransformer
+from softgen.training import Stage
+
+TOKENIZER = [
+    "--model=softgen.training.TokenizerTraining",
+    "--model.init_args.tokenizer=softgen.tokenizers.ConvVQTokenizer",
+    "--model.init_args.tokenizer.init_args.image_size=8",
+    "--model.init_args.tokenizer.init_args.num_codes=16",
+    "--model.init_args.tokenizer.init_args.channels=[8,8]",
+    "--model.init_args.warmup_steps=4",
+    "--data=softgen.data.Digits",
+    "--data.init_args.batch_size=256",
+]
+DISTILL = [
+    "--model=distill.SoftDiMO",
+    "--model.init_args.optimizer.decay=cosine",
+    "--model.init_args.optimizer.lr=0.001",
+    "--data=softgen.data.Labels",
+    "--data.init_args.num_classes=3",
+    "--data.init_args.samples_per_epoch=40",
+    "--data.init_args.batch_size=8",
+]
+
+
+def _teacher(folder: Path) -> str:
+    torch.manual_seed(0)
+    teacher = MaskedTransformer(num_codes=7, num_sites=5, num_classes=3, width=16, depth=2, heads=2)
+    teacher.save_pretrained(folder / "teacher")
+    return str(folder / "teacher")
+
+
+def _options(stage: str, folder: Path) -> list[str]:
+    if stage == "tokenizer":
+        return TOKENIZER
+    extra = ["--trainer.accumulate_grad_batches=2"] if stage == "accumulating" else []
+    return [*DISTILL, *extra, f"--model.init_args.teacher={_teacher(folder)}"]
+
+
+def _fit(options: list[str], run_dir: Path, *extra: str) -> None:
+    main(
+        [
+            *options,
+            f"--run_dir={run_dir}",
+            "--trainer.accelerator=cpu",
+            "--trainer.max_steps=17",
+            "--trainer.limit_val_batches=1",
+            "--trainer.val_check_interval=5",
+            "--trainer.logger=false",
+            "--checkpoint.every_n_steps=3",
+            "--seed=5",
+            *extra,
+        ]
+    )
+
+
+def _in_child(action: Callable[[], None]) -> int:
+    """Run in a forked process; returns the signal that ended it, or 0."""
+    child = os.fork()
+    if child == 0:
+        try:
+            action()
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(child, 0)
+    return os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+
+
+def _kill_self() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _run_and_die_after(batches: int, options: list[str], run_dir: Path) -> None:
+    report = Stage.report
+
+    def counting(self: Stage, *args: object, **kwargs: object) -> torch.Tensor:
+        nonlocal batches
+        if batches == 0:
+            _kill_self()
+        batches -= 1
+        return report(self, *args, **kwargs)  # type: ignore[arg-type]
+
+    Stage.report = counting  # type: ignore[method-assign, assignment]
+    _fit(options, run_dir)
+
+
+def _same_tensors(first: Path, second: Path) -> None:
+    left, right = load_file(first), load_file(second)
+    assert left.keys() == right.keys()
+    for name in left:
+        assert torch.equal(left[name], right[name]), name
+
+
+@pytest.mark.parametrize(
+    ("stage", "killed_after"), [("tokenizer", 11), ("distill", 4), ("distill", 13), ("accumulating", 23)]
+)
+def test_killed_run_resumes_bit_equal(stage: str, killed_after: int, tmp_path: Path) -> None:
+    options = _options(stage, tmp_path)
+    _fit(options, tmp_path / "whole")
+    died_of = _in_child(lambda: _run_and_die_after(killed_after, options, tmp_path / "killed"))
+    assert died_of == signal.SIGKILL
+    assert not (tmp_path / "killed" / "model").exists()
+
+    _fit(options, tmp_path / "killed", "--ckpt_path=last")
+
+    _same_tensors(tmp_path / "whole/model/model.safetensors", tmp_path / "killed/model/model.safetensors")
+    whole = checkpoints.read_checkpoint(tmp_path / "whole/checkpoints/step_00000017.ckpt")
+    killed = checkpoints.read_checkpoint(tmp_path / "killed/checkpoints/step_00000017.ckpt")
+    for name, value in whole["state_dict"].items():
+        assert torch.equal(value, killed["state_dict"][name]), name
+    for index, state in whole["optimizer_states"][0]["state"].items():
+        assert torch.equal(state["exp_avg"], killed["optimizer_states"][0]["state"][index]["exp_avg"])
+
+
+def _run_and_die_while_saving(options: list[str], run_dir: Path) -> None:
+    save = torch.save
+    saves = 0
+
+    def dying(value: object, file: object, *args: object, **kwargs: object) -> None:
+        nonlocal saves
+        saves += 1
+        if saves < 3:
+            save(value, file, *args, **kwargs)  # type: ignore[arg-type]
+            return
+        target = next((run_dir / "checkpoints").iterdir()).parent / ".step_00000009.ckpt.partial"
+        target.write_bytes(b"PK half a checkpoint")
+        _kill_self()
+
+    torch.save = dying
+    _fit(options, run_dir)
+
+
+def test_kill_while_saving_leaves_the_previous_checkpoint(tmp_path: Path) -> None:
+    options = _options("distill", tmp_path)
+    assert _in_child(lambda: _run_and_die_while_saving(options, tmp_path / "run")) == signal.SIGKILL
+
+    found = latest_checkpoint(tmp_path / "run")
+
+    assert found == tmp_path / "run/checkpoints/step_00000006.ckpt"
+    _fit(options, tmp_path / "run", "--ckpt_path=last")
+    _fit(options, tmp_path / "whole")
+    _same_tensors(tmp_path / "whole/model/model.safetensors", tmp_path / "run/model/model.safetensors")
+
+
+def test_truncated_checkpoint_is_passed_over(tmp_path: Path) -> None:
+    options = _options("distill", tmp_path)
+    _fit(options, tmp_path / "run")
+    newest = tmp_path / "run/checkpoints/step_00000017.ckpt"
+    newest.write_bytes(newest.read_bytes()[:1000])
+
+    with pytest.warns(UserWarning, match="Passing over a damaged checkpoint"):
+        found = latest_checkpoint(tmp_path / "run")
+
+    assert found == tmp_path / "run/checkpoints/step_00000015.ckpt"
+
+
+def test_command_line_wins_over_the_checkpoint(tmp_path: Path) -> None:
+    options = _options("distill", tmp_path)
+    _fit(options, tmp_path / "run")
+
+    cli = main(
+        [
+            *options,
+            f"--run_dir={tmp_path / 'run'}",
+            "--trainer.accelerator=cpu",
+            "--trainer.max_steps=20",
+            "--trainer.limit_val_batches=0",
+            "--trainer.logger=false",
+            "--model.init_args.temperature=0.5",
+            "--ckpt_path=last",
+        ]
+    )
+
+    assert cli.model.temperature == 0.5
+    assert cli.trainer.global_step == 20
+
+
+def test_second_run_in_the_same_folder(tmp_path: Path) -> None:
+    options = _options("distill", tmp_path)
+    _fit(options, tmp_path / "run")
+    first = load_file(tmp_path / "run/model/model.safetensors")
+
+    _fit(options, tmp_path / "run", "--seed=6")
+
+    second = load_file(tmp_path / "run/model/model.safetensors")
+    assert not torch.equal(first["model.head.weight"], second["model.head.weight"])
+
+
+def test_checkpoint_of_another_teacher_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = _options("distill", tmp_path)
+    _fit(options, tmp_path / "run")
+    other = MaskedTransformer(num_codes=7, num_sites=5, num_classes=3, width=16, depth=2, heads=2)
+    other.save_pretrained(tmp_path / "teacher")
+
+    with pytest.raises(SystemExit) as stop:
+        _fit(options, tmp_path / "run", "--ckpt_path=last", "--trainer.max_steps=20")
+
+    assert stop.value.code == 2
+    assert "model.teacher: expected the teacher that the checkpoint was trained with" in capsys.readouterr().err
