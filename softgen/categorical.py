@@ -11,6 +11,8 @@ from torch import Tensor
 
 from softgen.relaxation import gumbel_noise, probabilities
 
+Draw = Literal["inverse_cdf", "gumbel"]
+
 
 class UniformSource(Protocol):
     """Where samplers take their noise from: `softgen.random.SampleRandom`, or stored draws."""
@@ -36,15 +38,13 @@ class StoredNoise:
         Raises:
             ValueError: If none is left, or its shape is another.
         """
+        wanted = f"({', '.join(['B', *map(str, shape)])})"
         if not self._draws:
-            raise ValueError(f"noise: expected one more stored draw of shape (B, {shape}), got none")
+            raise ValueError(f"noise: expected one more stored draw of shape {wanted}, got none")
         draw = self._draws.pop(0)
         if draw.shape[1:] != shape:
-            raise ValueError(f"noise: expected a stored draw of shape (B, {shape}), got {tuple(draw.shape)}")
+            raise ValueError(f"noise: expected a stored draw of shape {wanted}, got {tuple(draw.shape)}")
         return draw
-
-
-Draw = Literal["inverse_cdf", "gumbel"]
 
 
 def sample_categorical(
@@ -60,7 +60,14 @@ def sample_categorical(
 
     Returns:
         Tokens (B, N), int64.
+
+    Raises:
+        ValueError: If the method is unknown or the temperature negative.
     """
+    if draw not in get_args(Draw):
+        raise ValueError(f"draw: expected one of {', '.join(get_args(Draw))}, got {draw!r}")
+    if not temperature >= 0:
+        raise ValueError(f"temperature: expected a number of at least 0, got {temperature}")
     if temperature == 0:
         return logits.argmax(dim=-1)
     if draw == "gumbel":

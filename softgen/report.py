@@ -14,8 +14,8 @@ from torch import Tensor
 from softgen.images import grid, to_uint8
 
 _STYLE = """
-:root { color-scheme: light dark; --line: #8883; --soft: #8889; --accent: #2a6fdb; }
-body { font: 16px/1.55 system-ui, sans-serif; max-width: 62rem; margin: 2.5rem auto; padding: 0 1.2rem; }
+:root { color-scheme: light dark; --line: #8883; --soft: #6b7280; --accent: #2a6fdb; }
+body { font: 16px/1.55 system-ui, sans-serif; max-width: 70rem; margin: 2.5rem auto; padding: 0 1.2rem; }
 h1 { font-size: 1.7rem; margin-bottom: .2rem; } h2 { margin-top: 2.4rem; font-size: 1.2rem; }
 p.lead, figcaption, .note { color: var(--soft); } figure { margin: 1rem 0; }
 figure img { max-width: 100%; image-rendering: pixelated; border: 1px solid var(--line); border-radius: 4px; }

@@ -59,6 +59,10 @@ class MaskGITSampler:
     guidance_schedule: Literal["constant", "linear"] = "constant"
     draw: Draw = "inverse_cdf"
 
+    def __post_init__(self) -> None:
+        if self.guidance_schedule not in ("constant", "linear"):
+            raise ValueError(f"guidance_schedule: expected constant or linear, got {self.guidance_schedule!r}")
+
     @torch.no_grad()
     def __call__(self, model: MaskedDiffusionModel, condition: Condition, noise: UniformSource) -> Tensor:
         """Sample tokens (B, N) for the B conditions. Noise a step: the codes' draws, then N for the ranking."""
@@ -129,20 +133,20 @@ def halton_order(height: int, width: int) -> Tensor:
     seen: dict[int, None] = {}
     index = 1
     while len(seen) < height * width:
-        row = int(_radical_inverse(index, base=2) * height)
-        column = int(_radical_inverse(index, base=3) * width)
+        row = _radical_inverse_cell(index, base=2, cells=height)
+        column = _radical_inverse_cell(index, base=3, cells=width)
         seen.setdefault(row * width + column)
         index += 1
     return torch.tensor(list(seen))
 
 
-def _radical_inverse(index: int, *, base: int) -> float:
-    result, scale = 0.0, 1.0 / base
+def _radical_inverse_cell(index: int, *, base: int, cells: int) -> int:
+    """Which of `cells` equal cells of [0, 1) the radical inverse falls in; exact, as floats are not in base 3."""
+    numerator, denominator = 0, 1
     while index:
         index, digit = divmod(index, base)
-        result += digit * scale
-        scale /= base
-    return result
+        numerator, denominator = numerator * base + digit, denominator * base
+    return numerator * cells // denominator
 
 
 def _all_masked(model: MaskedDiffusionModel, condition: Condition) -> Tensor:

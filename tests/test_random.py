@@ -6,7 +6,7 @@ CPU = torch.device("cpu")
 
 
 def test_seeds_are_pinned() -> None:
-    assert derive_seed(0) == 1186063136028178178
+    assert derive_seed(0) == 4246866556266386882
     assert derive_seed(3, "teacher", 17) != derive_seed(3, "teacher", 18)
     assert 0 <= derive_seed("anything") < 2**63
 
