@@ -72,6 +72,9 @@ class SoftDiMO(Stage):
         self.objectives = nn.ModuleList(objectives if objectives is not None else [DiMO()])
         if len(self.objectives) == 0:
             raise ValueError("model.objectives: expected at least one objective, got none")
+        names = [objective.name for objective in self._objectives()]
+        if len(set(names)) < len(names):
+            raise ValueError(f"model.objectives: expected objectives of different names, got {', '.join(names)}")
         for objective in self._objectives():
             self._set_up(objective)
 

@@ -64,19 +64,20 @@ def masked_fraction(schedule: Schedule, progress: Tensor) -> Tensor:
     return _SCHEDULES[schedule](progress)
 
 
-def draw_mask_ratio(law: MaskLaw, uniform: Tensor) -> Tensor:
+def draw_mask_ratio(law: MaskLaw, uniform: Tensor, *, key: str = "mask_law") -> Tensor:
     """Mask ratios g(u) of the forward process, as Di[M]O's published code draws them.
 
     Args:
         law: arccos: acos(u) 2/pi; cosine: cos(pi u/2); linear: u; square: u^2; mage: a normal of mean 0.55 and
             standard deviation 0.25 truncated to [0.5, 1].
         uniform: Uniform draws in [0, 1), any shape.
+        key: The config key that named the law, for the error message.
 
     Raises:
         ValueError: If the law is unknown.
     """
     if law not in _LAWS:
-        raise ValueError(f"mask law: expected one of {', '.join(get_args(MaskLaw))}, got {law!r}")
+        raise ValueError(f"{key}: expected one of {', '.join(get_args(MaskLaw))}, got {law!r}")
     return _LAWS[law](uniform)
 
 

@@ -87,13 +87,16 @@ def from_config(config: Mapping[str, Any], *, key: str) -> Pretrained:
     module_name, _, class_name = str(config["class_path"]).rpartition(".")
     try:
         cls = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{key}: expected an importable class_path, got {config['class_path']!r}") from error
     if not (isinstance(cls, type) and issubclass(cls, Pretrained)):
         raise ValueError(f"{key}: expected the class_path of a softgen module, got {config['class_path']!r}")
+    given = config.get("init_args", {})
+    if not isinstance(given, dict):
+        raise ValueError(f"{key}: expected init_args to be a mapping, got a {type(given).__name__}")
     init_args = {
         name: from_config(value, key=key) if isinstance(value, dict) and "class_path" in value else value
-        for name, value in config.get("init_args", {}).items()
+        for name, value in given.items()
     }
     try:
         return cls(**init_args)
@@ -126,7 +129,7 @@ def read_config(folder: Path, *, key: str) -> dict[str, Any]:
         raise ValueError(f"{key}: expected a folder with {CONFIG_NAME}, got {folder} without one")
     try:
         config = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{key}: expected valid JSON in {path}, got {error}") from error
     if not isinstance(config, dict) or "class_path" not in config:
         raise ValueError(f"{key}: expected {path} to name a class_path, got a config of another project")

@@ -75,6 +75,7 @@ def quickstart(
     seed: int = 0,
     n: int = 0,
     threads: int = 1,
+    resume: bool = False,
     overrides: list[str] = [],  # noqa: B006 - never changed; jsonargparse shows it
 ) -> None:
     """Train tokenizer, teacher and Di[M]O student, score them, and write report.html and metrics.json.
@@ -86,6 +87,7 @@ def quickstart(
         seed: Of weights, data order and all noise.
         n: Images that each figure is measured on; 0 takes 1797 for digits, 10,000 for Fashion-MNIST.
         threads: CPU threads; 1 is fastest for these small models.
+        resume: Go on from the last checkpoint of each stage in `out`; stages that are done are not run again.
         overrides: Further options for every stage, such as --trainer.max_steps=20.
 
     Raises:
@@ -103,7 +105,7 @@ def quickstart(
     run = Run(recipe=recipe, out=folder, seed=seed, protocol=protocol)
     count = n or recipe.samples
 
-    common = [*overrides, f"--threads={threads}"]
+    common = [*overrides, f"--threads={threads}", *(["--ckpt_path=last"] if resume else [])]
     rooted = [*common, f"--data.init_args.root={data_root}"] if data == "fashion_mnist" else common
     _say("2/5  tokenizer: images to a few codes, and back")
     _fit(run, "1_tokenizer", rooted)

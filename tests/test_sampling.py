@@ -65,9 +65,7 @@ def test_the_number_of_steps_is_checked(steps: int) -> None:
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=repr)
 def test_a_sample_depends_on_its_seed_and_ordinal_alone(sampler: MaskGITSampler | HaltonSampler) -> None:
     whole = sampler(TOY, labels(8), SampleRandom(3, range(8), device=CPU))
-    parts = [
-        sampler(TOY, labels(8)[i : i + 2], SampleRandom(3, range(i, i + 2), device=CPU)) for i in (0, 2, 4, 6)
-    ]
+    parts = [sampler(TOY, labels(8)[i : i + 2], SampleRandom(3, range(i, i + 2), device=CPU)) for i in (0, 2, 4, 6)]
     assert torch.equal(torch.cat(parts), whole)
     assert torch.equal(sampler(TOY, labels(8), SampleRandom(3, range(8), device=CPU)), whole)
     assert not torch.equal(sampler(TOY, labels(8), SampleRandom(4, range(8), device=CPU)), whole)
@@ -87,9 +85,7 @@ def test_stored_noise_gives_the_same_samples() -> None:
     [MaskGITSampler(steps=4, confidence_noise=1e4), HaltonSampler(steps=4), HaltonSampler(steps=4, draw="gumbel")],
     ids=["maskgit", "halton", "halton_gumbel"],
 )
-def test_one_site_at_a_time_reproduces_the_joint(
-    sampler: MaskGITSampler | HaltonSampler, dropped: bool
-) -> None:
+def test_one_site_at_a_time_reproduces_the_joint(sampler: MaskGITSampler | HaltonSampler, dropped: bool) -> None:
     n = 40_000
     condition = ClassCondition.of(torch.ones(n, dtype=torch.long))
     condition = condition.drop() if dropped else condition

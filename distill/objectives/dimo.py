@@ -1,6 +1,7 @@
 """Di[M]O: match the teacher on the student's own, re-masked samples (arXiv 2503.15457)."""
 
 import copy
+import math
 from collections.abc import Iterable
 from typing import Literal
 
@@ -54,6 +55,8 @@ class DiMO(Objective):
         weight: float = 1.0,
     ) -> None:
         super().__init__(weight=weight)
+        if not math.isfinite(beta):
+            raise ValueError(f"DiMO.beta: expected a finite number, got {beta}")
         for name, value in (
             ("teacher_temperature", teacher_temperature),
             ("auxiliary_temperature", auxiliary_temperature),
@@ -66,7 +69,7 @@ class DiMO(Objective):
             )
         if reduction not in ("sum", "mean"):
             raise ValueError(f"DiMO.reduction: expected sum or mean, got {reduction!r}")
-        draw_mask_ratio(mask_law, torch.zeros(1))
+        draw_mask_ratio(mask_law, torch.zeros(1), key="DiMO.mask_law")
         if auxiliary_optimizer is not None:
             auxiliary_optimizer.check(key="DiMO.auxiliary_optimizer")
         self.beta = beta
@@ -103,7 +106,7 @@ class DiMO(Objective):
             teacher_logits / self.teacher_temperature,
             beta=self.beta,
         )
-        site_weights = self._site_weights(mask).to(divergence.value.dtype)
+        site_weights = self._site_weights(mask.to(divergence.value.dtype))
         value = (divergence.value * site_weights).sum()
         gradient = divergence.gradient * site_weights.unsqueeze(-1)
         cross_entropy = hard_cross_entropy(
@@ -122,10 +125,10 @@ class DiMO(Objective):
         return exact_mask(counts, noise.uniform(sites))
 
     def _site_weights(self, mask: Tensor) -> Tensor:
-        """Weights (B, N) that reduce per-site values to the loss."""
+        """Weights (B, N) that reduce per-site values to the loss; the mask as 0 and 1 in their dtype."""
         if self.reduction == "sum":
             return mask / mask.shape[0]
-        return mask / mean_over_ranks(mask.sum().float())
+        return mask / mean_over_ranks(mask.sum())
 
     def parameter_groups(self) -> Iterable[ParameterGroup]:
         """One group, `auxiliary`."""

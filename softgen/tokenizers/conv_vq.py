@@ -53,8 +53,10 @@ class ConvVQTokenizer(ImageTokenizer):
         res_blocks: int = 1,
     ) -> None:
         super().__init__()
+        if not channels:
+            raise ValueError("tokenizer.channels: expected at least one level, got none")
         factor = 2 ** (len(channels) - 1)
-        if not channels or image_size % factor:
+        if image_size < 1 or image_size % factor:
             raise ValueError(f"tokenizer.image_size: expected a multiple of {factor}, got {image_size}")
         if num_codes < 2 or code_dim < 1:
             raise ValueError(

@@ -72,7 +72,7 @@ class TeacherTraining(Stage):
             raise ValueError(f"model.label_dropout: expected a number in [0, 1], got {label_dropout}")
         if weighting not in ("uniform", "elbo"):
             raise ValueError(f"model.weighting: expected uniform or elbo, got {weighting!r}")
-        draw_mask_ratio(mask_law, torch.zeros(1))
+        draw_mask_ratio(mask_law, torch.zeros(1), key="model.mask_law")
         opened = load_tokenizer(tokenizer, key="model.tokenizer") if isinstance(tokenizer, str) else tokenizer
         model.check(key="model.model")
         check_compatible(model, opened, key="model.tokenizer")

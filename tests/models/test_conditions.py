@@ -1,0 +1,39 @@
+import torch
+
+from softgen.models import ClassCondition, MaskedTransformer
+
+
+def test_of_labels_nothing_is_dropped() -> None:
+    condition = ClassCondition.of(torch.tensor([3, 1]))
+    assert len(condition) == 2
+    assert condition.labels.tolist() == [3, 1]
+    assert condition.dropped.tolist() == [False, False]
+    model = MaskedTransformer(num_codes=2, num_sites=1, num_classes=4, width=2, depth=1, heads=1)
+    assert isinstance(model.encode(torch.tensor([3, 1])), ClassCondition)
+
+
+def test_dropping_all_or_some_leaves_the_original() -> None:
+    condition = ClassCondition.of(torch.tensor([3, 1, 2]))
+    where = torch.tensor([False, True, False])
+    assert condition.drop().dropped.tolist() == [True, True, True]
+    assert condition.drop(where).dropped.tolist() == [False, True, False]
+    assert condition.drop(where).drop(~where).dropped.all()
+    assert condition.drop().labels.tolist() == [3, 1, 2]
+    assert not condition.dropped.any()
+
+
+def test_cat_and_index_are_inverse() -> None:
+    first = ClassCondition.of(torch.tensor([3, 1]))
+    second = ClassCondition.of(torch.tensor([0])).drop()
+    both = ClassCondition.cat([first, second])
+    assert both.labels.tolist() == [3, 1, 0]
+    assert both.dropped.tolist() == [False, False, True]
+    assert both[2:].labels.tolist() == [0]
+    assert both[torch.tensor([2, 0])].labels.tolist() == [0, 3]
+    assert both[torch.tensor([2, 0])].dropped.tolist() == [True, False]
+    assert isinstance(both[:1], ClassCondition)
+
+
+def test_moving_moves_every_field() -> None:
+    moved = ClassCondition.of(torch.tensor([1])).to(torch.device("meta"))
+    assert {moved.labels.device.type, moved.dropped.device.type} == {"meta"}

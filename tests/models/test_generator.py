@@ -1,0 +1,102 @@
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from softgen.models import ClassCondition, MaskedTransformer, OneStepGenerator
+from softgen.random import SampleRandom
+from softgen.testing import ToyMaskedModel, count_calls
+
+B, N, K, D = 6, 10, 5, 8
+CPU = torch.device("cpu")
+
+
+def noise(ordinals: range = range(B)) -> SampleRandom:
+    return SampleRandom(0, ordinals, device=CPU)
+
+
+def generator(*, r_init: float = 0.6, perturbation: float = 0.1) -> OneStepGenerator:
+    torch.manual_seed(1)
+    model = MaskedTransformer(num_codes=K, num_sites=N, num_classes=2, width=D, depth=1, heads=2)
+    return OneStepGenerator(model, r_init=r_init, noise=perturbation, metadata={"guidance": 1.5})
+
+
+@pytest.mark.parametrize(("r_init", "masks"), [(0.0, 0), (0.01, 1), (0.3, 3), (0.6, 6), (1.0, 10)])
+def test_the_number_of_masks_is_exact(r_init: float, masks: int) -> None:
+    tokens = generator(r_init=r_init).init_tokens(noise())
+    assert tokens.shape == (B, N)
+    assert (tokens == K).sum(-1).tolist() == [masks] * B
+    assert tokens.min() >= 0
+    assert tokens.max() <= K
+
+
+def test_codes_and_positions_are_uniform() -> None:
+    tokens = generator(r_init=0.3).init_tokens(noise(range(4000)))
+    torch.testing.assert_close((tokens == K).float().mean(0), torch.full((N,), 0.3), rtol=0, atol=0.04)
+    codes = torch.bincount(tokens[tokens < K], minlength=K) / (0.7 * N * 4000)
+    torch.testing.assert_close(codes, torch.full((K,), 1 / K), rtol=0, atol=0.015)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.1, 0.6, 1.0])
+def test_the_noise_is_mixed_in_with_the_variance_kept(weight: float) -> None:
+    student = generator(perturbation=weight)
+    e_in = student.init(noise())
+    draws = noise()
+    tokens = student.init_tokens(draws)
+    expected = weight * draws.normal(N, D) + math.sqrt(1 - weight**2) * student.model.embed(tokens)
+    torch.testing.assert_close(e_in, expected)
+
+
+def test_a_sample_depends_on_its_own_noise_alone() -> None:
+    student, condition = generator(), ClassCondition.of(torch.arange(B) % 2)
+    whole = student.sample(condition, noise())
+    part = student.sample(condition[2:4], noise(range(2, 4)))
+    assert torch.equal(whole[2:4], part)
+    assert (whole.shape, whole.dtype) == ((B, N), torch.int64)
+    assert whole.max() < K
+
+
+def test_sampling_is_one_pass_and_temperature_zero_the_argmax() -> None:
+    student, condition = generator(), ClassCondition.of(torch.arange(B) % 2)
+    with count_calls(student.model) as count:
+        tokens = student.sample(condition, noise(), temperature=0)
+    assert count.calls == 1
+    assert torch.equal(tokens, student(student.init(noise()), condition).argmax(-1))
+
+
+def test_samples_follow_the_models_marginals() -> None:
+    toy = ToyMaskedModel.random(num_classes=1, num_sites=2, num_codes=3)
+    student, n = OneStepGenerator(toy, r_init=1.0, noise=0.0), 8000
+    condition = ClassCondition.of(torch.zeros(n, dtype=torch.long))
+    tokens: Tensor = student.sample(condition, noise(range(n)))
+    joint = toy.joint(condition)[0].view(3, 3)
+    for site, marginal in enumerate((joint.sum(1), joint.sum(0))):
+        shares = torch.bincount(tokens[:, site], minlength=3) / n
+        # Standard deviation of a share: at most 0.006.
+        torch.testing.assert_close(shares, marginal, rtol=0, atol=0.025)
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.5, float("nan")])
+def test_shares_outside_the_unit_interval_are_refused(value: float) -> None:
+    with pytest.raises(ValueError, match=rf"^generator.r_init: expected a number in \[0, 1\], got {value}$"):
+        generator(r_init=value)
+    with pytest.raises(ValueError, match=rf"^generator.noise: expected a number in \[0, 1\], got {value}$"):
+        generator(perturbation=value)
+
+
+def test_the_round_trip_keeps_logits_settings_and_metadata(tmp_path: Path) -> None:
+    student, condition = generator(r_init=0.3, perturbation=0.2), ClassCondition.of(torch.arange(B) % 2)
+    student.save_pretrained(tmp_path / "student")
+    again = OneStepGenerator.from_pretrained(tmp_path / "student")
+    assert (again.r_init, again.noise, again.metadata) == (0.3, 0.2, {"guidance": 1.5})
+    assert torch.equal(again(again.init(noise()), condition), student(student.init(noise()), condition))
+
+
+def test_metadata_added_later_is_saved(tmp_path: Path) -> None:
+    student = generator()
+    student.metadata["steps"] = 100
+    student.save_pretrained(tmp_path / "student")
+    again = OneStepGenerator.from_pretrained(tmp_path / "student")
+    assert again.metadata == {"guidance": 1.5, "steps": 100}

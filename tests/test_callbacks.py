@@ -1,0 +1,128 @@
+"""Averaged weights, whenever a checkpoint is written, and what a finished run leaves."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from distill import DiMO, SoftDiMO
+from softgen import load_generator
+from softgen.callbacks import ExportModel, StudentEMA
+from softgen.data import Labels
+from softgen.models import MaskedTransformer
+from softgen.training import OptimizerConfig
+
+
+def _module() -> SoftDiMO:
+    torch.manual_seed(0)
+    teacher = MaskedTransformer(num_codes=7, num_sites=5, num_classes=3, width=8, depth=1, heads=1)
+    return SoftDiMO(teacher=teacher, objectives=[DiMO(guidance=1.5)], optimizer=OptimizerConfig(lr=1e-2))
+
+
+def _trainer(*callbacks: Callback, steps: int = 6, validate: bool = False) -> Trainer:
+    return Trainer(
+        accelerator="cpu",
+        max_steps=steps,
+        callbacks=list(callbacks),
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        limit_val_batches=1 if validate else 0,
+        val_check_interval=2 if validate else None,
+        check_val_every_n_epoch=None if validate else 1,
+        use_distributed_sampler=False,
+    )
+
+
+class _Recorder(Callback):
+    """Keeps the student's head after every step, and saves a checkpoint in the middle of validation."""
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.path = path
+        self.heads: list[torch.Tensor] = []
+        self.validated: torch.Tensor | None = None
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
+        assert isinstance(pl_module, SoftDiMO)
+        self.heads.append(pl_module.student.model.state_dict()["head.weight"].clone())
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, SoftDiMO)
+        self.validated = pl_module.student.model.state_dict()["head.weight"].clone()
+        if self.path is not None:
+            trainer.save_checkpoint(self.path)
+
+
+def _data() -> Labels:
+    return Labels(num_classes=3, batch_size=8)
+
+
+def test_average_follows_the_formula_and_is_exported(tmp_path: Path) -> None:
+    module, recorder = _module(), _Recorder()
+    start = module.student.model.state_dict()["head.weight"].clone()
+    trainer = _trainer(StudentEMA(decay=0.5), recorder, ExportModel(run_dir=str(tmp_path)))
+
+    trainer.fit(module, datamodule=_data())
+
+    expected = start
+    for step, head in enumerate(recorder.heads):
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * head
+    exported = load_generator(tmp_path / "model")
+    torch.testing.assert_close(exported.model.state_dict()["head.weight"], expected, rtol=1e-6, atol=1e-7)
+    assert torch.equal(module.student.model.state_dict()["head.weight"], recorder.heads[-1])
+    assert exported.metadata["guidance"] == 1.5
+    assert not exported.training
+
+
+def test_checkpoint_in_the_middle_of_validation_holds_the_raw_weights(tmp_path: Path) -> None:
+    module, recorder, ema = _module(), _Recorder(tmp_path / "mid.ckpt"), StudentEMA(decay=0.5)
+    trainer = _trainer(ema, recorder, steps=4, validate=True)
+
+    trainer.fit(module, datamodule=_data())
+
+    saved = torch.load(tmp_path / "mid.ckpt", weights_only=True)
+    assert torch.equal(saved["state_dict"]["student.model.head.weight"], recorder.heads[3])
+    assert recorder.validated is not None
+    assert not torch.equal(recorder.validated, recorder.heads[3])
+    average = next(state for name, state in saved["callbacks"].items() if "StudentEMA" in name)["average"]
+    assert torch.equal(average["model.head.weight"], recorder.validated)
+
+
+def test_frozen_teacher_stays_out_of_the_checkpoint_and_in_eval_mode(tmp_path: Path) -> None:
+    module = _module()
+    before = {name: value.clone() for name, value in module.teacher.state_dict().items()}
+    _trainer(StudentEMA()).fit(module, datamodule=_data())
+    module.train()
+    assert not module.teacher.training
+    assert {name.split(".")[0] for name in module.state_dict()} == {"student", "objectives"}
+    assert all(torch.equal(value, before[name]) for name, value in module.teacher.state_dict().items())
+    assert not any(parameter.requires_grad for parameter in module.teacher.parameters())
+
+
+def test_clipping_is_by_group() -> None:
+    module = _module()
+    clipped: dict[str, float] = {}
+
+    class Watch(Callback):
+        def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: object) -> None:
+            assert isinstance(optimizer, torch.optim.Optimizer)
+            for group in optimizer.param_groups:
+                grads = [p.grad.flatten() for p in group["params"] if p.grad is not None]
+                if grads:
+                    clipped[group["name"]] = torch.cat(grads).norm().item()
+
+    trainer = _trainer(Watch(), steps=4)
+    trainer.gradient_clip_val = 1e-3
+    trainer.fit(module, datamodule=_data())
+    assert clipped.keys() == {"student", "auxiliary"}
+    for norm in clipped.values():
+        assert norm == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_decay_outside_its_range() -> None:
+    with pytest.raises(ValueError, match=r"StudentEMA.decay: expected a number in \[0, 1\), got 1.0"):
+        StudentEMA(decay=1.0)

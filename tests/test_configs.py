@@ -1,0 +1,63 @@
+"""Every shipped recipe parses, instantiates, and is data of the right kind."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import LightningDataModule
+
+from softgen.fit import StageCLI, StageParser
+from softgen.models import MaskedTransformer
+from softgen.recipes import STAGES, find_recipe
+from softgen.tokenizers import ConvVQTokenizer
+from softgen.training import Stage
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
+
+
+def _models(folder: Path, config: str) -> list[str]:
+    """Untrained stand-ins, of the sizes that the recipe itself gives, for what earlier stages leave."""
+    digits = "digits" in config
+    size, codes, channels = (8, 64, [8, 8]) if digits else (28, 256, [8, 8, 8])
+    tokenizer = ConvVQTokenizer(image_size=size, num_codes=codes, channels=channels)
+    teacher = MaskedTransformer(
+        num_codes=codes, num_sites=tokenizer.num_sites, num_classes=10, width=8, depth=1, heads=1
+    )
+    teacher.save_pretrained(folder / "teacher", tokenizer=tokenizer)
+    if "teacher:" in config:
+        return [f"--model.init_args.teacher={folder / 'teacher'}"]
+    return [f"--model.init_args.tokenizer={folder / 'teacher'}"] if "tokenizer: runs" in config else []
+
+
+def test_there_are_recipes() -> None:
+    assert {path.parent.name for path in CONFIGS} == {"digits", "fashion_mnist"}
+    for name in ("digits", "fashion_mnist"):
+        assert all(find_recipe(name).config(stage).is_file() for stage in STAGES)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_recipe_instantiates(path: Path, tmp_path: Path) -> None:
+    text = path.read_text()
+    stem = f"runs/{path.parent.name}/{path.stem}"
+    assert re.search(rf"^run_dir: {stem}$", text, flags=re.MULTILINE), "a recipe writes to the folder of its name"
+    words = ["fit", f"--config={path}", f"--run_dir={tmp_path}", "--trainer.accelerator=cpu", "--threads=1"]
+
+    class NotRunning(StageCLI):
+        def _run_subcommand(self, subcommand: str) -> None:
+            pass
+
+    cli = NotRunning(
+        Stage,
+        LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        parser_class=StageParser,
+        auto_configure_optimizers=False,
+        seed_everything_default=False,
+        args=[*words, *_models(tmp_path, text)],
+    )
+    assert isinstance(cli.model, Stage)
+    assert sum(parameter.numel() for parameter in cli.model.product.parameters()) > 0
+    assert cli.trainer.max_steps > 0
+    assert torch.get_num_threads() == 1
