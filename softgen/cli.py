@@ -66,6 +66,14 @@ def user_errors(program: str) -> Iterator[None]:
         fail(error, program=program)
 
 
+def command_parser(function: Callable[..., Any], *, program: str) -> CommandParser:
+    """A parser of the function's keyword arguments."""
+    parser = CommandParser(program=program, description=(function.__doc__ or "").splitlines()[0])
+    parser.add_argument("--config", action="config", help="Options from a YAML file.")
+    parser.add_function_arguments(function)
+    return parser
+
+
 def run_command(function: Callable[..., Any], *, program: str, args: list[str] | None) -> None:
     """Parse the function's keyword arguments from the command line and call it.
 
@@ -74,9 +82,7 @@ def run_command(function: Callable[..., Any], *, program: str, args: list[str] |
         program: Shown in help and errors.
         args: Command-line words; by default those of the process.
     """
-    parser = CommandParser(program=program, description=(function.__doc__ or "").splitlines()[0])
-    parser.add_argument("--config", action="config", help="Options from a YAML file.")
-    parser.add_function_arguments(function)
+    parser = command_parser(function, program=program)
     parsed = parser.parse_args(args)
     options = parser.instantiate_classes(parsed).as_dict()
     options.pop("config", None)

@@ -1,58 +1,155 @@
+"""Two gloo processes on the CPU: identical weights, and one process's loss at the same global batch."""
+
+import json
+import os
+import socket
 from pathlib import Path
 
 import pytest
 import torch
-from torch import distributed, multiprocessing
+from torch import Tensor
 
-from softgen.distributed import broadcast_from_rank_zero, masked_mean, mean_over_ranks, sum_over_ranks
+from softgen.fit import main
+from softgen.models import MaskedTransformer
+from softgen.tokenizers import ConvVQTokenizer
+from softgen.training import Stage
 
-VALUES = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0], [7.0, 8.0, 9.0], [10.0, 11.0, 12.0]])
-MASK = torch.tensor([[1, 0, 0], [1, 1, 1], [1, 0, 0], [0, 1, 0]], dtype=torch.bool)
-
-
-def test_one_process_changes_nothing() -> None:
-    x = torch.randn(3, requires_grad=True)
-    for collective in (sum_over_ranks, mean_over_ranks, broadcast_from_rank_zero):
-        assert collective(x) is x
+STEPS = 6
 
 
-def test_the_masked_mean() -> None:
-    assert masked_mean(VALUES, MASK).item() == pytest.approx(VALUES[MASK].mean().item())
-    assert masked_mean(VALUES, torch.zeros_like(MASK)).item() == 0
-    weights = torch.rand(4, 3)
-    expected = (VALUES * weights).sum() / weights.sum()
-    assert masked_mean(VALUES, weights).item() == pytest.approx(expected.item())
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
-def test_the_gradient_of_the_masked_mean() -> None:
-    values = VALUES.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(masked_mean(values, MASK), values)
-    torch.testing.assert_close(gradient, MASK / MASK.sum())
+def _options(stage: str, folder: Path) -> list[str]:
+    torch.manual_seed(0)
+    tokenizer = ConvVQTokenizer(image_size=8, num_codes=7, channels=[8, 8])
+    teacher = MaskedTransformer(num_codes=7, num_sites=16, num_classes=10, width=16, depth=2, heads=2)
+    teacher.save_pretrained(folder / "teacher", tokenizer=tokenizer)
+    if stage == "distill":
+        return [
+            "--model=distill.SoftDiMO",
+            f"--model.init_args.teacher={folder / 'teacher'}",
+            "--model.init_args.optimizer.lr=0.001",
+            "--data=softgen.data.Labels",
+            "--data.init_args.num_classes=10",
+        ]
+    if stage == "teacher":
+        return [
+            "--model=softgen.training.TeacherTraining",
+            f"--model.init_args.tokenizer={folder / 'teacher'}",
+            "--model.init_args.model=softgen.models.MaskedTransformer",
+            "--model.init_args.model.num_codes=7",
+            "--model.init_args.model.num_sites=16",
+            "--model.init_args.model.num_classes=10",
+            "--model.init_args.model.width=16",
+            "--model.init_args.model.depth=2",
+            "--model.init_args.model.heads=2",
+            "--data=softgen.data.Digits",
+        ]
+    return [
+        "--model=softgen.training.TokenizerTraining",
+        "--model.init_args.tokenizer=softgen.tokenizers.ConvVQTokenizer",
+        "--model.init_args.tokenizer.image_size=8",
+        "--model.init_args.tokenizer.num_codes=16",
+        "--model.init_args.tokenizer.channels=[8,8]",
+        "--model.init_args.warmup_steps=2",
+        "--data=softgen.data.Digits",
+    ]
 
 
-def _worker(rank: int, folder: str) -> None:
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    rows = slice(2 * rank, 2 * rank + 2)
-    local = VALUES[rows]
-    results = {
-        "sum": sum_over_ranks(local),
-        "mean": mean_over_ranks(local),
-        "first": broadcast_from_rank_zero(local),
-        "masked": masked_mean(local, MASK[rows]),
-        "untouched": local,
-    }
-    torch.save(results, f"{folder}/{rank}.pt")
-    distributed.destroy_process_group()
+def _train(options: list[str], folder: Path, *, batch_size: int, devices: int, accumulate: int = 1) -> None:
+    """Fit, and write this rank's losses and final weights to `folder`."""
+    losses: list[list[float]] = []
+    report = Stage.report
+
+    def recording(self: Stage, batch: object, named: dict[str, Tensor], logs: object) -> Tensor:
+        losses.append([loss.item() for loss in named.values()])
+        return report(self, batch, named, logs)  # type: ignore[arg-type]
+
+    Stage.report = recording  # type: ignore[method-assign, assignment]
+    try:
+        cli = main(
+            [
+                *options,
+                f"--data.init_args.batch_size={batch_size}",
+                f"--run_dir={folder}",
+                "--trainer.accelerator=cpu",
+                f"--trainer.devices={devices}",
+                f"--trainer.strategy={'ddp' if devices > 1 else 'auto'}",
+                f"--trainer.accumulate_grad_batches={accumulate}",
+                f"--trainer.max_steps={STEPS}",
+                "--trainer.limit_val_batches=0",
+                "--trainer.gradient_clip_val=1.0",
+                "--trainer.logger=false",
+            ]
+        )
+    finally:
+        Stage.report = report  # type: ignore[method-assign]
+    rank = os.environ.get("RANK", "0")
+    (folder / f"losses_{rank}.json").write_text(json.dumps(losses))
+    torch.save(cli.model.state_dict(), folder / f"weights_{rank}.pt")
 
 
-def test_two_processes_agree(tmp_path: Path) -> None:
-    multiprocessing.start_processes(_worker, args=(str(tmp_path),), nprocs=2, start_method="fork")
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
-    for results in (first, second):
-        assert torch.equal(results["sum"], VALUES[:2] + VALUES[2:])
-        assert torch.equal(results["mean"], (VALUES[:2] + VALUES[2:]) / 2)
-        assert torch.equal(results["first"], VALUES[:2])
-    assert torch.equal(second["untouched"], VALUES[2:])
-    # DDP averages gradients: the mean of the two losses is the mean over the global batch.
-    average = (first["masked"] + second["masked"]) / 2
-    assert average.item() == pytest.approx(VALUES[MASK].mean().item())
+def _train_on_two(options: list[str], folder: Path, *, batch_size: int) -> None:
+    port, children = str(_free_port()), []
+    for rank in range(2):
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                # What torchrun sets.
+                os.environ.update(
+                    RANK=str(rank),
+                    LOCAL_RANK=str(rank),
+                    WORLD_SIZE="2",
+                    LOCAL_WORLD_SIZE="2",
+                    GROUP_RANK="0",
+                    MASTER_ADDR="127.0.0.1",
+                    MASTER_PORT=port,
+                    TORCHELASTIC_RUN_ID="test",
+                )
+                _train(options, folder, batch_size=batch_size, devices=2)
+                code = 0
+            finally:
+                os._exit(code)
+        children.append(child)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    assert codes == [0, 0]
+
+
+def _losses(folder: Path, rank: int = 0) -> Tensor:
+    return torch.tensor(json.loads((folder / f"losses_{rank}.json").read_text()))
+
+
+def _weights(folder: Path, rank: int = 0) -> dict[str, Tensor]:
+    weights: dict[str, Tensor] = torch.load(folder / f"weights_{rank}.pt", weights_only=True)
+    return weights
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "teacher", "distill"])
+def test_two_processes(stage: str, tmp_path: Path) -> None:
+    options = _options(stage, tmp_path)
+    _train_on_two(options, tmp_path / "two", batch_size=8)
+
+    on_two = _weights(tmp_path / "two")
+    for name, value in _weights(tmp_path / "two", 1).items():
+        assert torch.equal(value, on_two[name]), name
+    if stage == "tokenizer":
+        return  # the codes of one process start from latents that two processes do not both see
+    _train(options, tmp_path / "one", batch_size=16, devices=1)
+    mean = (_losses(tmp_path / "two", 0) + _losses(tmp_path / "two", 1)) / 2
+    torch.testing.assert_close(mean, _losses(tmp_path / "one"), atol=1e-5, rtol=0)
+    for name, value in _weights(tmp_path / "one").items():
+        torch.testing.assert_close(on_two[name], value, atol=1e-3, rtol=0)
+
+
+def test_accumulated_parts_see_the_draws_of_the_whole_batch(tmp_path: Path) -> None:
+    options = _options("distill", tmp_path)
+    _train(options, tmp_path / "whole", batch_size=16, devices=1)
+    _train(options, tmp_path / "parts", batch_size=8, devices=1, accumulate=2)
+    # The first step, before any weight has moved: Di[M]O's term is a mean over the batch, so parts average to it.
+    whole, parts = _losses(tmp_path / "whole")[0, 0], _losses(tmp_path / "parts")[:2, 0]
+    torch.testing.assert_close(parts.mean(), whole, atol=1e-6, rtol=0)

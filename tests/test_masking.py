@@ -56,7 +56,9 @@ def test_unknown_names_are_refused() -> None:
     expected = r"^schedule: expected one of linear, square, cosine, arccos, root, got 'log'$"
     with pytest.raises(ValueError, match=expected):
         masked_fraction("log", EIGHTHS)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"^mask_law: expected one of linear, square, cosine, arccos, mage, got 'root'$"):
+    with pytest.raises(
+        ValueError, match=r"^mask_law: expected one of linear, square, cosine, arccos, mage, got 'root'$"
+    ):
         draw_mask_ratio("root", EIGHTHS)  # type: ignore[arg-type]
 
 

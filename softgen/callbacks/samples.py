@@ -1,4 +1,4 @@
-"""Grids of samples, written as PNG at every validation."""
+"""Grids of samples, written as PNG at every validation and by `predict`."""
 
 from pathlib import Path
 from typing import Any
@@ -32,3 +32,10 @@ class SampleGrid(Callback):
         if images is None:
             return
         save_grid(images, self.folder / f"step_{trainer.global_step:06d}.png", columns=self.columns)
+
+    def on_predict_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        """Write what was predicted, one grid a batch, on rank 0."""
+        if outputs is not None and trainer.is_global_zero:
+            save_grid(outputs, self.folder / f"predict_{batch_idx:05d}.png", columns=self.columns)

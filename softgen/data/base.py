@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
 from softgen.random import derive_seed
 
@@ -202,6 +202,21 @@ class ImageDataModule(LightningDataModule):
         )
         stream = OrdinalStream(source, seed=self.seed, epoch_length=len(source), shuffle=False)
         return StreamLoader(stream, batches, num_workers=self.num_workers)
+
+    def test_dataloader(self) -> StreamLoader:
+        """As for validation."""
+        return self.val_dataloader()
+
+    def predict_dataloader(self) -> DataLoader[Batch]:
+        """The held-out samples in their own order.
+
+        In prediction Lightning rebuilds the batch sampler around a plain sampler, so that is what it gets.
+        """
+        source = self.val_source()
+        rank, world_size = self._process()
+        stream = OrdinalStream(source, seed=self.seed, epoch_length=len(source), shuffle=False)
+        sampler: DistributedSampler[Batch] = DistributedSampler(stream, num_replicas=world_size, rank=rank, shuffle=False)
+        return DataLoader(stream, batch_size=self.batch_size, sampler=sampler, collate_fn=_as_is)
 
     def _process(self) -> tuple[int, int]:
         """This process's rank and the number of processes."""

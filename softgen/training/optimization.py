@@ -45,6 +45,8 @@ class OptimizerConfig:
             raise ValueError(f"{key}.betas: expected two numbers in [0, 1), got {list(self.betas)}")
         if not self.weight_decay >= 0:
             raise ValueError(f"{key}.weight_decay: expected a number of at least 0, got {self.weight_decay}")
+        if not self.eps >= 0:
+            raise ValueError(f"{key}.eps: expected a number of at least 0, got {self.eps}")
         if self.warmup_steps < 0:
             raise ValueError(f"{key}.warmup_steps: expected at least 0, got {self.warmup_steps}")
         if self.decay not in get_args(Decay):

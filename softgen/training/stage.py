@@ -50,6 +50,14 @@ class Stage(LightningModule, ABC):
     def preview(self, batch: Batch) -> Tensor | None:
         """Images (n, 3, H, W) in [0, 1] that show the state of the training, or None where there is no picture."""
 
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """As validation."""
+        self.validation_step(batch, batch_idx)
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
+        """As the preview."""
+        return self.preview(batch)
+
     def hold_frozen(self, name: str, module: nn.Module) -> None:
         """Hold a module in eval mode and without gradients to its weights, outside parameters and checkpoints."""
         self._frozen[name] = module.requires_grad_(requires_grad=False).eval()

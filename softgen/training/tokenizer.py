@@ -89,6 +89,14 @@ class TokenizerTraining(Stage):
         """Start counting which codes the held-out images use."""
         self._val_counts = torch.zeros(self.tokenizer.num_codes, device=self.device)
 
+    def on_test_epoch_start(self) -> None:
+        """As validation."""
+        self.on_validation_epoch_start()
+
+    def on_test_epoch_end(self) -> None:
+        """As validation."""
+        self.on_validation_epoch_end()
+
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Held-out error, and the codes in use."""
         tokens = self.tokenizer.encode(batch["image"])

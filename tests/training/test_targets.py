@@ -57,8 +57,6 @@ def test_a_perfect_fit_is_zero_and_a_tiny_tau_is_cross_entropy() -> None:
     torch.testing.assert_close(sharp, hard_cross_entropy(logits, tokens))
 
 
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
