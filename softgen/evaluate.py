@@ -141,10 +141,10 @@ def named_protocol(
     if name == "digits":
         reference = Digits(train_on_all=True)
         return small_protocol(
-            Digits(), name="digitsnet", epochs=12, folder=path, reference=reference, progress=progress
+            Digits(), name="digitsnet", epochs=10, folder=path, reference=reference, progress=progress
         )
     data = FashionMNIST(root=data_root)
-    return small_protocol(data, name="fashionnet", epochs=4, folder=path, progress=progress)
+    return small_protocol(data, name="fashionnet", epochs=3, width=16, folder=path, progress=progress)
 
 
 def write_json(path: Path, content: object) -> None:

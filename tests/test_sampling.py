@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -50,7 +51,7 @@ def test_every_step_reveals_something_and_all_is_revealed(schedule: Schedule, nu
 
 def test_counts_follow_the_schedule() -> None:
     left = [round(256 * math.cos(math.pi * step / 16)) for step in range(9)]
-    expected = [before - after for before, after in zip(left, left[1:], strict=False)]
+    expected = [before - after for before, after in itertools.pairwise(left)]
     assert reveal_counts("cosine", num_sites=256, steps=8) == expected
     assert reveal_counts("linear", num_sites=16, steps=4) == [4, 4, 4, 4]
 

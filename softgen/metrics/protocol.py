@@ -55,6 +55,7 @@ def small_protocol(
     name: str,
     epochs: int,
     folder: str | Path,
+    width: int = 32,
     reference: ImageDataModule | None = None,
     progress: bool = True,
 ) -> Protocol:
@@ -65,6 +66,7 @@ def small_protocol(
         name: Of the extractor, such as `digitsnet`.
         epochs: Passes over the training images.
         folder: Where the classifier is kept; opened from there if it exists.
+        width: Channels of the classifier's first convolution.
         reference: Whose training images are the real ones; by default those of `data`.
         progress: Show a progress bar of the training.
     """
@@ -74,7 +76,7 @@ def small_protocol(
         classifier = SmallClassifier.load(path)
         accuracy = classifier_accuracy(classifier, data.val_source())
     else:
-        result = train_classifier(data, name=name, epochs=epochs, progress=progress)
+        result = train_classifier(data, name=name, epochs=epochs, width=width, progress=progress)
         classifier, accuracy = result.classifier, result.accuracy
         classifier.save(path)
     source = (reference or data).train_source()

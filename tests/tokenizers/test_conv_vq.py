@@ -75,7 +75,7 @@ def test_soft_codes_are_averaged_then_normalised() -> None:
 @pytest.mark.parametrize("shape", [(2, 1, 8, 8), (3, 8, 8), (2, 3, 8, 9)])
 def test_other_images_are_refused(shape: tuple[int, ...]) -> None:
     tokenizer = build()
-    with pytest.raises(ValueError, match="^images: ") as caught:
+    with pytest.raises(ValueError, match=r"^images: ") as caught:
         tokenizer.encode(torch.rand(shape))
     assert str(caught.value) == f"images: expected shape (B, 3, 8, 8), got {shape}"
 

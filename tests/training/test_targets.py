@@ -68,6 +68,6 @@ def test_a_perfect_fit_is_zero_and_a_tiny_tau_is_cross_entropy() -> None:
 )
 def test_settings_are_checked(changes: dict[str, object], message: str) -> None:
     settings = {"target": "snce", "label_smoothing": 0.1, "two_tau_squared": "auto", **changes}
-    with pytest.raises(ValueError, match="^model") as caught:
+    with pytest.raises(ValueError, match=r"^model") as caught:
         check_target(key="model", **settings)  # type: ignore[arg-type]
     assert str(caught.value) == message
