@@ -53,13 +53,13 @@ def benchmark(
         seeds: One pipeline each.
         out: Where the runs are kept.
         processes: Pipelines side by side.
-        ablation_steps: Steps of both arms of the ablation of r_init.
+        ablation_steps: Steps of both arms of the ablation of r_init; 0 leaves it out.
         throughput_batch: Images a pass in the comparison of speeds.
     """
     recipe, root = find_recipe(data), Path(out) / data
     with ThreadPoolExecutor(processes) as pool:
         list(pool.map(lambda seed: _pipeline(data, data_root, root / f"seed_{seed}", seed=seed), seeds))
-        arms = [(seed, r_init) for seed in seeds for r_init in (0.6, 1.0)]
+        arms = [(seed, r_init) for seed in seeds for r_init in (0.6, 1.0) if ablation_steps]
         list(pool.map(lambda arm: _ablation_run(recipe, root, *arm, steps=ablation_steps), arms))
     runs = [json.loads((root / f"seed_{seed}" / "metrics.json").read_text()) for seed in seeds]
     torch.set_num_threads(1)

@@ -1,9 +1,11 @@
 """SoftDiMO: one student pass a step, and the objectives that share it."""
 
 import copy
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from distill.objectives.base import DistillState, Objective
@@ -19,6 +21,8 @@ from softgen.relaxation import decoding_gap, probabilities, sharpness
 from softgen.tokenizers.base import ImageTokenizer
 from softgen.training.optimization import OptimizerConfig, ParameterGroup
 from softgen.training.stage import Stage
+
+_GAP_GROWTH = 1.5
 
 
 class SoftDiMO(Stage):
@@ -77,6 +81,7 @@ class SoftDiMO(Stage):
             raise ValueError(f"model.objectives: expected objectives of different names, got {', '.join(names)}")
         for objective in self._objectives():
             self._set_up(objective)
+        self._smallest_gap = math.inf
 
     def _set_up(self, objective: Objective) -> None:
         if objective.needs_tokenizer and self.tokenizer is None:
@@ -177,6 +182,19 @@ class SoftDiMO(Stage):
                 decode_hard=tokenizer.decode,
             )
         self.log_dict(values, batch_size=len(batch["ordinal"]), sync_dist=True)
+
+    def on_validation_epoch_end(self) -> None:
+        """Warn when the soft decoding moves away from the samples: whatever uses it is then less to be trusted."""
+        gap = self.trainer.callback_metrics.get("val/relaxation_gap")
+        if gap is None or self.trainer.sanity_checking:
+            return
+        value = float(gap)
+        if value > _GAP_GROWTH * self._smallest_gap:
+            rank_zero_warn(
+                f"The gap between soft and sampled decoding grew from {self._smallest_gap:.3f} to {value:.3f}: the "
+                "student is getting blunter, and soft embeddings a worse stand-in for its tokens"
+            )
+        self._smallest_gap = min(self._smallest_gap, value)
 
     @torch.no_grad()
     def preview(self, batch: Batch) -> Tensor | None:

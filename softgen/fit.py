@@ -58,6 +58,10 @@ class StageCLI(LightningCLI):
         parser.link_arguments("seed", "model.init_args.seed")
         parser.link_arguments("seed", "data.init_args.seed")
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse the words given; Lightning warns when those of the process are others."""
+        self.config = parser.parse_args(args)
+
     def _set_seed(self) -> None:
         config = self._options()
         if config.threads is not None:
@@ -111,39 +115,36 @@ def _loggers(run_dir: str) -> list[Any]:
     return [csv, TensorBoardLogger(run_dir, name="logs", version=csv.version)]
 
 
-def main(args: list[str] | None = None) -> StageCLI:
+def main(args: list[str] | None = None, *, cli_class: type[StageCLI] = StageCLI) -> StageCLI:
     """Run the command; returns what was built, for use from Python.
 
     Args:
         args: Command-line words; by default those of the process.
+        cli_class: The CLI to build.
     """
     words = list(sys.argv[1:] if args is None else args)
-    if not words or words[0] not in StageCLI.subcommands():
+    if not words or words[0] not in cli_class.subcommands():
         words.insert(0, "fit")
     quiet_lightning()
-    program_arguments, sys.argv = sys.argv, sys.argv[:1]
-    try:
-        with user_errors(PROGRAM):
-            return StageCLI(
-                Stage,
-                LightningDataModule,
-                subclass_mode_model=True,
-                subclass_mode_data=True,
-                parser_class=StageParser,
-                save_config_kwargs={"overwrite": True},
-                auto_configure_optimizers=False,
-                seed_everything_default=False,
-                load_from_checkpoint_support=False,
-                trainer_defaults={
-                    "use_distributed_sampler": False,
-                    "enable_model_summary": False,
-                    "num_sanity_val_steps": 0,
-                    "callbacks": [StopOnNonFinite(), StepProgress()],
-                },
-                args=words,
-            )
-    finally:
-        sys.argv = program_arguments
+    with user_errors(PROGRAM):
+        return cli_class(
+            Stage,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            parser_class=StageParser,
+            save_config_kwargs={"overwrite": True},
+            auto_configure_optimizers=False,
+            seed_everything_default=False,
+            load_from_checkpoint_support=False,
+            trainer_defaults={
+                "use_distributed_sampler": False,
+                "enable_model_summary": False,
+                "num_sanity_val_steps": 0,
+                "callbacks": [StopOnNonFinite(), StepProgress()],
+            },
+            args=words,
+        )
 
 
 if __name__ == "__main__":

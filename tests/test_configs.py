@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import LightningDataModule
 
-from softgen.fit import StageCLI, StageParser
+from softgen.fit import StageCLI, main
 from softgen.models import MaskedTransformer
 from softgen.recipes import STAGES, find_recipe
 from softgen.tokenizers import ConvVQTokenizer
@@ -41,22 +40,13 @@ def test_recipe_instantiates(path: Path, tmp_path: Path) -> None:
     text = path.read_text()
     stem = f"runs/{path.parent.name}/{path.stem}"
     assert re.search(rf"^run_dir: {stem}$", text, flags=re.MULTILINE), "a recipe writes to the folder of its name"
-    words = ["fit", f"--config={path}", f"--run_dir={tmp_path}", "--trainer.accelerator=cpu", "--threads=1"]
+    words = [f"--config={path}", f"--run_dir={tmp_path}", "--trainer.accelerator=cpu", "--threads=1"]
 
     class NotRunning(StageCLI):
         def _run_subcommand(self, subcommand: str) -> None:
             pass
 
-    cli = NotRunning(
-        Stage,
-        LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        parser_class=StageParser,
-        auto_configure_optimizers=False,
-        seed_everything_default=False,
-        args=[*words, *_models(tmp_path, text)],
-    )
+    cli = main([*words, *_models(tmp_path, text)], cli_class=NotRunning)
     assert isinstance(cli.model, Stage)
     assert sum(parameter.numel() for parameter in cli.model.product.parameters()) > 0
     assert cli.trainer.max_steps > 0

@@ -8,7 +8,7 @@ import pytest
 
 from softgen import evaluate, sample
 from softgen.cli import command_parser
-from softgen.fit import LightningDataModule, Stage, StageCLI, StageParser
+from softgen.fit import StageCLI, main
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -41,16 +41,7 @@ class _Parsing(StageCLI):
 @pytest.mark.parametrize("words", FIT, ids=lambda words: " ".join(words)[:70])
 def test_fit_commands_parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    cli = _Parsing(
-        Stage,
-        LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        parser_class=StageParser,
-        auto_configure_optimizers=False,
-        seed_everything_default=False,
-        args=["fit", *words],
-    )
+    cli = main(words, cli_class=_Parsing)
     assert cli.config["fit"].model.class_path
 
 

@@ -79,6 +79,27 @@ def test_stored_noise_gives_the_same_samples() -> None:
     assert torch.equal(sampler(TOY, labels(5), StoredNoise(draws)), first)
 
 
+@pytest.mark.parametrize("confidence_noise", [0.0, 1.0, 4.5])
+def test_maskgit_against_a_plain_loop(confidence_noise: float) -> None:
+    steps, draws = 3, [torch.rand(20, 4) for _ in range(6)]
+    sampler = MaskGITSampler(steps=steps, schedule="linear", confidence_noise=confidence_noise)
+    got = sampler(TOY, labels(20), StoredNoise(draws))
+    for i in range(20):
+        tokens = [TOY.mask_id] * 4
+        for step, count in enumerate([1, 2, 1]):
+            p = TOY(TOY.embed(torch.tensor([tokens])), labels(20)[i : i + 1]).softmax(-1)[0].tolist()
+            code, rank = draws[2 * step][i].tolist(), draws[2 * step + 1][i].tolist()
+            candidates = []
+            for site in (site for site in range(4) if tokens[site] == TOY.mask_id):
+                drawn = int(code[site] >= p[site][0])
+                gumbel = -math.log(-math.log(rank[site]))
+                scale = confidence_noise * (1 - (step + 1) / steps)
+                candidates.append((math.log(p[site][drawn]) + scale * gumbel, site, drawn))
+            for _, site, drawn in sorted(candidates, reverse=True)[:count]:
+                tokens[site] = drawn
+        assert got[i].tolist() == tokens
+
+
 @pytest.mark.parametrize("dropped", [False, True])
 @pytest.mark.parametrize(
     "sampler",

@@ -215,7 +215,9 @@ class ImageDataModule(LightningDataModule):
         source = self.val_source()
         rank, world_size = self._process()
         stream = OrdinalStream(source, seed=self.seed, epoch_length=len(source), shuffle=False)
-        sampler: DistributedSampler[Batch] = DistributedSampler(stream, num_replicas=world_size, rank=rank, shuffle=False)
+        sampler: DistributedSampler[Batch] = DistributedSampler(
+            stream, num_replicas=world_size, rank=rank, shuffle=False
+        )
         return DataLoader(stream, batch_size=self.batch_size, sampler=sampler, collate_fn=_as_is)
 
     def _process(self) -> tuple[int, int]:

@@ -52,6 +52,7 @@ def test_dead_codes_are_revived_at_their_candidates() -> None:
         assert revived == (0.5**steps < 0.05 * mean)
     assert usage.used.item() == pytest.approx(2 / 3)
     torch.testing.assert_close(book.codes[2], unit(60)[0])
+    torch.testing.assert_close(book.sums[2], mean * unit(60)[0])
     torch.testing.assert_close(book.counts[2].item(), mean)
     assert book.nearest(unit(65)).tolist() == [2]
 

@@ -1,0 +1,65 @@
+"""The quickstart from end to end, cut short: what it writes, and that one path is enough afterwards."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from softgen import evaluate, load_generator, load_model, load_tokenizer, sample
+from softgen.quickstart import main as quickstart
+
+ROWS = ["tokenizer", "teacher_1", "teacher_4", "teacher_8", "teacher_16", "dimo"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("quickstart")
+    short = ["--trainer.max_steps=6", "--trainer.val_check_interval=3", "--trainer.accelerator=cpu"]
+    quickstart([f"--out={folder}", "--n=80", "--seed=3", f"--overrides={json.dumps(short)}"])
+    return folder
+
+
+def test_metrics(run: Path) -> None:
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["protocol"] == "fd_digitsnet_80"
+    assert metrics["seed"] == 3
+    assert metrics["wall_seconds"] > 0
+    assert [row["name"] for row in metrics["rows"]] == ROWS
+    for row in metrics["rows"]:
+        assert row.keys() == {"name", "fd", "n", "accuracy", "precision", "recall", "seconds"}
+        assert row["n"] == 80
+        assert row["fd"] > 0
+        assert 0 <= row["accuracy"] <= 1
+    assert metrics["real_accuracy"] > 0.97
+
+
+def test_report_is_self_contained(run: Path) -> None:
+    page = (run / "report.html").read_text()
+    assert all(f"<td>{name}</td>" in page for name in ROWS)
+    assert "fd_digitsnet_80" in page
+    sources = re.findall(r'(?:src|href)="([^"]{0,30})', page)
+    assert len(sources) >= 5
+    assert all(source.startswith("data:image/png;base64,") for source in sources)
+
+
+def test_one_path_is_enough(run: Path) -> None:
+    assert load_tokenizer(run / "1_tokenizer/model").num_codes == 64
+    assert load_model(run / "2_teacher/model").num_sites == 16
+    assert load_tokenizer(run / "2_teacher/model").num_codes == 64
+    assert load_generator(run / "3_dimo/model").metadata["guidance"] == 1.5
+    assert list((run / "3_dimo/samples").glob("step_*.png"))
+    assert list((run / "3_dimo/checkpoints").glob("step_*.ckpt"))
+
+
+def test_sample_and_evaluate(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sample.main([f"--model={run / '3_dimo/model'}", f"--out={tmp_path}", "--n=6", "--labels=[3,7]", "--device=cpu"])
+    assert len(list((tmp_path / "images").glob("*.png"))) == 6
+    assert (tmp_path / "grid.png").is_file()
+
+    words = [f"--model={run / '2_teacher/model'}", "--n=40", "--steps=[2,4]", "--device=cpu"]
+    evaluate.main([*words, f"--extractor={run / 'extractor'}", f"--out={tmp_path / 'rows.json'}"])
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ["maskgit_2", "maskgit_4"]
+    assert all(row["protocol"] == "fd_digitsnet_40" for row in rows)
+    assert "fd_digitsnet_40" in capsys.readouterr().out

@@ -1,0 +1,112 @@
+"""Teacher training: every target, data that is tokenised already, and what 2 tau^2 becomes."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor
+
+from softgen.data import Digits, TokenCache, write_token_cache
+from softgen.data.base import Batch
+from softgen.models import MaskedTransformer
+from softgen.tokenizers import ConvVQTokenizer
+from softgen.training import OptimizerConfig, TeacherTraining
+
+
+@pytest.fixture
+def tokenizer() -> ConvVQTokenizer:
+    return ConvVQTokenizer(image_size=8, num_codes=12, code_dim=4, channels=[8, 8])
+
+
+def _stage(tokenizer: ConvVQTokenizer, **options: object) -> TeacherTraining:
+    model = MaskedTransformer(num_codes=12, num_sites=16, num_classes=10, width=16, depth=1, heads=2)
+    return TeacherTraining(
+        tokenizer=tokenizer,
+        model=model,
+        optimizer=OptimizerConfig(lr=3e-3),
+        **options,  # type: ignore[arg-type]
+    )
+
+
+def _trainer(steps: int) -> Trainer:
+    return Trainer(
+        accelerator="cpu",
+        max_steps=steps,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+        use_distributed_sampler=False,
+    )
+
+
+def _batch(count: int = 32) -> Batch:
+    source = Digits().train_source()
+    return {"ordinal": list(range(count)), "index": list(range(count)), **source.fetch(range(count))}
+
+
+def _loss(stage: TeacherTraining, batch: Batch) -> float:
+    losses: dict[str, Tensor] = {}
+
+    def keep(batch: Batch, named: dict[str, Tensor], logs: object) -> Tensor:
+        losses.update(named)
+        return named[stage.target]
+
+    stage.report = keep  # type: ignore[assignment, method-assign]
+    with torch.no_grad():
+        stage.training_step(batch, 0)
+    return losses[stage.target].item()
+
+
+@pytest.mark.parametrize("target", ["hard", "label_smoothing", "snce"])
+@pytest.mark.parametrize("weighting", ["uniform", "elbo"])
+def test_loss_falls(tokenizer: ConvVQTokenizer, target: str, weighting: str) -> None:
+    stage = _stage(tokenizer, target=target, weighting=weighting)
+    data = Digits(batch_size=64)
+    _trainer(1).fit(stage, datamodule=data)
+    before = _loss(stage, _batch(256))
+    del stage.report  # type: ignore[attr-defined]
+    _trainer(40).fit(stage, datamodule=data)
+    assert _loss(stage, _batch(256)) < 0.9 * before
+
+
+def test_auto_two_tau_squared_is_settled_on_the_data(tokenizer: ConvVQTokenizer) -> None:
+    stage = _stage(tokenizer, target="snce")
+    _trainer(1).fit(stage, datamodule=Digits(batch_size=64))
+    latents = tokenizer.latents(Digits().train_source().fetch(range(256))["image"]).flatten(0, 1)
+    gaps = torch.cdist(latents, tokenizer.codebook).amin(dim=1).square()
+    assert stage.two_tau_squared == pytest.approx(3.5 * gaps.median().item(), rel=1e-3)
+
+
+def test_pretokenised_data_uses_the_code_vectors(tokenizer: ConvVQTokenizer) -> None:
+    stage = _stage(tokenizer, target="snce", two_tau_squared=0.3, label_dropout=0.0)
+    batch = _batch()
+    tokens = tokenizer.encode(batch["image"])
+    stored = {"ordinal": batch["ordinal"], "token": tokens, "label": batch["label"]}
+    from_codes = _loss(stage, stored)
+
+    original: Callable[[Tensor], Tensor] = tokenizer.latents
+    tokenizer.latents = lambda images: tokenizer.codebook[tokens]  # type: ignore[method-assign]
+    assert _loss(stage, batch) == pytest.approx(from_codes, rel=1e-6)
+    tokenizer.latents = original  # type: ignore[method-assign]
+    assert _loss(stage, batch) != pytest.approx(from_codes, rel=1e-3)
+
+
+def test_trains_on_a_token_cache(tokenizer: ConvVQTokenizer, tmp_path: Path) -> None:
+    write_token_cache(tmp_path / "tokens", tokenizer, Digits(), progress=False)
+    stage = _stage(tokenizer)
+    trainer = _trainer(3)
+    trainer.fit(stage, datamodule=TokenCache(str(tmp_path / "tokens"), batch_size=32))
+    assert trainer.global_step == 3
+
+
+def test_elbo_weights_by_the_mask_ratio(tokenizer: ConvVQTokenizer) -> None:
+    """With constant logits the per-site loss is log K, so eq. 15's estimate is log K exactly, whatever t."""
+    stage = _stage(tokenizer, weighting="elbo")
+    with torch.no_grad():
+        stage.model.head.weight.zero_()  # type: ignore[union-attr, operator]
+        stage.model.head.bias.zero_()  # type: ignore[union-attr, operator]
+    assert _loss(stage, _batch()) == pytest.approx(torch.tensor(12.0).log().item(), rel=1e-5)
