@@ -211,14 +211,8 @@ def _markdown(content: dict[str, Any]) -> str:
         )
     lines += ["", "| ratio of means | |", "|---|---|"]
     lines += [f"| {name} | {value:.2f} |" for name, value in content["ratios"].items()]
-    arms = {r_init: [arm["fd"] for arm in content["ablation"] if arm["r_init"] == r_init] for r_init in (0.6, 1.0)}
-    gain = statistics.mean(arms[1.0]) / statistics.mean(arms[0.6])
-    listed = {r_init: ", ".join(f"{fd:.2f}" for fd in values) for r_init, values in arms.items()}
+    lines += _ablation_lines(content["ablation"])
     lines += [
-        "",
-        f"Initial tokens, {content['ablation'][0]['steps']} steps each, same teacher and seed: r_init 0.6 gives "
-        f"{listed[0.6]}; all masks (r_init 1) give {listed[1.0]}: {gain:.2f} x worse in the mean.",
-        "",
         f"Codes in use: {', '.join(f'{used:.1%}' for used in content['codes_used'])}. Real held-out images are "
         f"classified rightly in {content['real_accuracy']:.1%}.",
         "",
@@ -247,6 +241,20 @@ def _markdown(content: dict[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _ablation_lines(arms: Sequence[dict[str, Any]]) -> list[str]:
+    if not arms:
+        return [""]
+    by_start = {start: [arm["fd"] for arm in arms if arm["r_init"] == start] for start in (0.6, 1.0)}
+    listed = {start: ", ".join(f"{fd:.2f}" for fd in values) for start, values in by_start.items()}
+    gain = statistics.mean(by_start[1.0]) / statistics.mean(by_start[0.6])
+    return [
+        "",
+        f"Initial tokens, {arms[0]['steps']} steps each, same teacher and seed: r_init 0.6 gives {listed[0.6]}; all "
+        f"masks (r_init 1) give {listed[1.0]}: {gain:.2f} x worse in the mean.",
+        "",
+    ]
 
 
 def _picture(folder: Path, data: Data, *, guidance: float) -> None:
