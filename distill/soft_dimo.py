@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from distill.objectives.base import DistillState, Objective
 from distill.objectives.dimo import DiMO
 from softgen.categorical import sample_categorical
-from softgen.data.base import Batch
+from softgen.data.base import Batch, ImageDataModule
 from softgen.loading import check_compatible, load_generator, load_model, load_tokenizer
 from softgen.models.base import MaskedDiffusionModel
 from softgen.models.conditions import Condition
@@ -20,7 +20,7 @@ from softgen.pretrained import CONFIG_NAME, resolve_folder
 from softgen.relaxation import decoding_gap, probabilities, sharpness
 from softgen.tokenizers.base import ImageTokenizer
 from softgen.training.optimization import OptimizerConfig, ParameterGroup
-from softgen.training.stage import Stage
+from softgen.training.stage import Stage, check_num_classes
 
 _GAP_GROWTH = 1.5
 
@@ -32,7 +32,8 @@ class SoftDiMO(Stage):
         teacher: Folder or hub id of the masked diffusion model, or the model itself. Stays frozen.
         tokenizer: Folder or hub id, or the tokenizer itself; by default the one in the teacher's folder. Used for
             previews and by objectives that look at images.
-        student: Folder or hub id of a generator to start from; by default a copy of the teacher.
+        student: Folder or hub id of a generator to start from, which keeps its own r_init and noise; by default a
+            copy of the teacher.
         objectives: The terms of L_gen, e.g. `distill.DiMO`; by default Di[M]O alone.
         optimizer: Settings of the student, and of every critic that has none of its own.
         r_init: Share of masks in the initial tokens, in [0, 1].
@@ -49,7 +50,7 @@ class SoftDiMO(Stage):
         tokenizer: str | ImageTokenizer | None = None,
         student: str | OneStepGenerator | None = None,
         objectives: Sequence[Objective] | None = None,
-        optimizer: OptimizerConfig = OptimizerConfig(lr=1e-5),  # noqa: B008 - frozen
+        optimizer: OptimizerConfig = OptimizerConfig(lr=1e-5, warmup_steps=100),  # noqa: B008 - frozen
         r_init: float = 0.6,
         noise: float = 0.1,
         temperature: float = 1.0,
@@ -119,6 +120,10 @@ class SoftDiMO(Stage):
     def tokenizer_beside(self) -> ImageTokenizer | None:
         """The tokenizer of the teacher."""
         return self.tokenizer
+
+    def check_data(self, data: ImageDataModule) -> None:
+        """The classes must be the teacher's."""
+        check_num_classes(data, self.teacher.num_classes)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One on-policy pass of the student, then every objective on it."""
@@ -223,8 +228,14 @@ def _open_tokenizer(
 def _open_student(
     student: str | OneStepGenerator | None, teacher: MaskedDiffusionModel, *, r_init: float, noise: float
 ) -> OneStepGenerator:
-    if isinstance(student, OneStepGenerator):
-        return student
-    if student is not None:
-        return load_generator(student, key="model.student")
-    return OneStepGenerator(copy.deepcopy(teacher), r_init=r_init, noise=noise)
+    if student is None:
+        return OneStepGenerator(copy.deepcopy(teacher), r_init=r_init, noise=noise)
+    opened = load_generator(student, key="model.student") if isinstance(student, str) else student
+    for name in ("num_codes", "num_sites", "mask_id"):
+        expected, got = getattr(teacher, name), getattr(opened.model, name)
+        if expected != got:
+            raise ValueError(f"model.student.{name}: expected {expected} as the teacher has, got {got}")
+    for name, asked, kept in (("r_init", r_init, opened.r_init), ("noise", noise, opened.noise)):
+        if asked != kept:
+            rank_zero_warn(f"model.{name}: {asked} is ignored, since the student that was given has {kept}")
+    return opened

@@ -63,9 +63,16 @@ def generate(
         batch = labels[ordinals.start : ordinals.stop].to(device)
         start = time.perf_counter()
         tokens = tokens_of(batch, noise)
+        _wait(device)
         seconds += time.perf_counter() - start
         images.append(tokenizer.decode(tokens).float().cpu())
     return Generated(images=torch.cat(images), seconds=seconds)
+
+
+def _wait(device: torch.device) -> None:
+    """Until the device has done what was asked of it; a CPU already has."""
+    if torch.accelerator.is_available() and torch.accelerator.current_accelerator() == torch.device(device.type):
+        torch.accelerator.synchronize()
 
 
 def balanced_labels(n: int, *, num_classes: int) -> Tensor:

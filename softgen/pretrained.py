@@ -40,7 +40,7 @@ class Pretrained(nn.Module):
             ValueError: If the folder exists and is something else.
         """
         target = Path(folder)
-        if target.exists() and not (target.is_dir() and (target / CONFIG_NAME).exists()):
+        if target.exists() and not (target / CONFIG_NAME).exists() and not _is_empty(target):
             raise ValueError(f"save_pretrained: expected {target} to be new or a saved module, got something else")
         target.parent.mkdir(parents=True, exist_ok=True)
         scratch = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}"
@@ -179,6 +179,10 @@ def _write(module: Pretrained, folder: Path) -> None:
     # Clones: tied tensors share storage, which safetensors refuses.
     weights = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in module.state_dict().items()}
     save_file(weights, folder / WEIGHTS_NAME)
+
+
+def _is_empty(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
 
 
 def _swap(scratch: Path, target: Path) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from softgen import evaluate, quickstart, sample
+from softgen.data import Digits, write_token_cache
 from softgen.fit import main as fit
 from softgen.models import MaskedTransformer, OneStepGenerator
 from softgen.tokenizers import ConvVQTokenizer
@@ -198,3 +199,23 @@ def test_small_commands(fails: Fails, teacher: str, tmp_path: Path) -> None:
     )
     assert "data" in fails(quickstart.main, ["--data=cifar"])
     assert not Path("samples").exists()
+
+
+def test_data_that_does_not_go_with_the_models(fails: Fails, teacher: str) -> None:
+    labels = [word for word in _distill(teacher) if "num_classes" not in word]
+    assert fails(fit, [*labels, "--data.init_args.num_classes=12", "--run_dir=run"]) == (
+        "data.num_classes: expected 10 as the model has, got 12"
+    )
+    larger = [*TOKENIZER, *RUN, "--model.init_args.tokenizer.image_size=16", "--run_dir=run"]
+    assert fails(fit, larger) == "data.image_size: expected 16 pixels as the tokenizer has, got 8"
+    assert not list(Path("run").rglob("*.ckpt"))
+
+
+def test_tokens_of_another_tokenizer(fails: Fails, teacher: str, tmp_path: Path) -> None:
+    other = ConvVQTokenizer(image_size=8, num_codes=7, channels=[8, 8])
+    write_token_cache(tmp_path / "tokens", other, Digits(), progress=False)
+    words = [word for word in TRANSFORMER if not word.startswith("--data")]
+    sizes = ["--model.init_args.model.num_codes=7", "--model.init_args.model.num_sites=16"]
+    cache = ["--data=softgen.data.TokenCache", f"--data.init_args.root={tmp_path / 'tokens'}"]
+    message = fails(fit, [*words, *sizes, *cache, f"--model.init_args.tokenizer={teacher}", *RUN])
+    assert message.startswith("data.root: expected tokens of the tokenizer ")

@@ -7,6 +7,7 @@ from softgen.data.base import (
     OrdinalStream,
     SampleSource,
     StreamLoader,
+    TrainVal,
 )
 from softgen.data.batches import source_batches
 from softgen.data.digits import Digits
@@ -29,6 +30,7 @@ __all__ = [
     "StreamLoader",
     "TensorSource",
     "TokenCache",
+    "TrainVal",
     "source_batches",
     "write_token_cache",
 ]

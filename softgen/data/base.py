@@ -1,6 +1,7 @@
 """What every data module shares: named samples, an order that survives interruptions, shards by rank."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -24,6 +25,14 @@ class SampleSource(Protocol):
     def fetch(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """The samples at `indices`, each field stacked along the first dimension."""
         ...
+
+
+@dataclass(frozen=True)
+class TrainVal:
+    """The training and the held-out samples of a data module."""
+
+    train: SampleSource
+    val: SampleSource
 
 
 class OrdinalStream(Dataset[Batch]):
@@ -159,13 +168,28 @@ class ImageDataModule(LightningDataModule):
         self.num_workers = num_workers
         self.seed = seed
 
+        self._sources: TrainVal | None = None
+
+    def load_sources(self) -> TrainVal:
+        """The training and the held-out samples; called once, by whatever needs them first. What a subclass writes."""
+        raise NotImplementedError
+
+    def setup(self, stage: str) -> None:
+        """Load the samples, for any stage."""
+        self._loaded()
+
     def train_source(self) -> SampleSource:
         """The training samples."""
-        raise NotImplementedError
+        return self._loaded().train
 
     def val_source(self) -> SampleSource:
         """The held-out samples."""
-        raise NotImplementedError
+        return self._loaded().val
+
+    def _loaded(self) -> TrainVal:
+        if self._sources is None:
+            self._sources = self.load_sources()
+        return self._sources
 
     def train_dataloader(self) -> StreamLoader:
         """Shuffled training batches; after a resume, those that the interrupted epoch had still to give."""

@@ -2,9 +2,9 @@
 
 import torch
 
-from softgen.data.base import ImageDataModule, SampleSource
+from softgen.data.base import ImageDataModule, TrainVal
 from softgen.data.memory import TensorSource
-from softgen.data.split import TrainVal, check_val_fraction, stratified_split
+from softgen.data.split import check_val_fraction, stratified_split
 
 
 class Digits(ImageDataModule):
@@ -38,31 +38,17 @@ class Digits(ImageDataModule):
         check_val_fraction(val_fraction)
         self.val_fraction = val_fraction
         self.train_on_all = train_on_all
-        self._sources: TrainVal | None = None
 
-    def setup(self, stage: str) -> None:
-        """Load the images, for any stage."""
-        self._load()
+    def load_sources(self) -> TrainVal:
+        """The 1797 images, or the part of them that is not held out, and the held-out part."""
+        from sklearn.datasets import load_digits
 
-    def train_source(self) -> SampleSource:
-        """The training images."""
-        return self._load().train
-
-    def val_source(self) -> SampleSource:
-        """The held-out images."""
-        return self._load().val
-
-    def _load(self) -> TrainVal:
-        if self._sources is None:
-            from sklearn.datasets import load_digits
-
-            digits = load_digits()
-            images = torch.from_numpy(digits.images).float() / 16
-            labels = torch.from_numpy(digits.target).long()
-            split = stratified_split(labels, val_fraction=self.val_fraction)
-            kept = torch.arange(len(labels)) if self.train_on_all else split.train
-            self._sources = TrainVal(
-                train=TensorSource(images[kept], labels[kept]),
-                val=TensorSource(images[split.val], labels[split.val]),
-            )
-        return self._sources
+        digits = load_digits()
+        images = torch.from_numpy(digits.images).float() / 16
+        labels = torch.from_numpy(digits.target).long()
+        split = stratified_split(labels, val_fraction=self.val_fraction)
+        kept = torch.arange(len(labels)) if self.train_on_all else split.train
+        return TrainVal(
+            train=TensorSource(images[kept], labels[kept]),
+            val=TensorSource(images[split.val], labels[split.val]),
+        )

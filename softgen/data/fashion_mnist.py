@@ -2,10 +2,9 @@
 
 from pathlib import Path
 
-from softgen.data.base import ImageDataModule, SampleSource
+from softgen.data.base import ImageDataModule, TrainVal
 from softgen.data.idx import read_idx
 from softgen.data.memory import TensorSource
-from softgen.data.split import TrainVal
 
 _FILES = (
     "train-images-idx3-ubyte",
@@ -49,7 +48,6 @@ class FashionMNIST(ImageDataModule):
         self.root = Path(root)
         self.download = download
         self.limit = limit
-        self._sources: TrainVal | None = None
 
     def prepare_data(self) -> None:
         """Download the files if they are missing and that is allowed; the trainer calls it on one process."""
@@ -57,18 +55,6 @@ class FashionMNIST(ImageDataModule):
             from torchvision.datasets import FashionMNIST as TorchvisionFashionMNIST
 
             TorchvisionFashionMNIST(str(self.root), download=True)
-
-    def setup(self, stage: str) -> None:
-        """Load the images, for any stage."""
-        self._load()
-
-    def train_source(self) -> SampleSource:
-        """The 60,000 training images, or the first `limit` of them."""
-        return self._load().train
-
-    def val_source(self) -> SampleSource:
-        """The 10,000 test images."""
-        return self._load().val
 
     def _find(self) -> list[Path] | None:
         """The four files in the order of `_FILES`, from the first folder that has them all."""
@@ -79,20 +65,19 @@ class FashionMNIST(ImageDataModule):
                 return found
         return None
 
-    def _load(self) -> TrainVal:
-        if self._sources is None:
-            paths = self._find()
-            if paths is None:
-                raise ValueError(
-                    f"data.root: expected a folder with {_FILES[0]}[.gz] and its three companions, in itself "
-                    f"or in FashionMNIST/raw, got '{self.root}'"
-                )
-            train_images, train_labels, val_images, val_labels = paths
-            self._sources = TrainVal(
-                train=_read_source(train_images, train_labels, limit=self.limit),
-                val=_read_source(val_images, val_labels, limit=None),
+    def load_sources(self) -> TrainVal:
+        """The 60,000 training images, or the first `limit` of them, and the 10,000 test images."""
+        paths = self._find()
+        if paths is None:
+            raise ValueError(
+                f"data.root: expected a folder with {_FILES[0]}[.gz] and its three companions, in itself "
+                f"or in FashionMNIST/raw, got '{self.root}'"
             )
-        return self._sources
+        train_images, train_labels, val_images, val_labels = paths
+        return TrainVal(
+            train=_read_source(train_images, train_labels, limit=self.limit),
+            val=_read_source(val_images, val_labels, limit=None),
+        )
 
 
 def _plain_or_zipped(path: Path) -> Path | None:

@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
-from softgen.data.base import ImageDataModule, SampleSource
+from softgen.data.base import ImageDataModule, TrainVal
 from softgen.data.image_files import IMAGE_SUFFIXES, ImageFileSource, is_readable_image
-from softgen.data.split import TrainVal, check_val_fraction, stratified_split
+from softgen.data.split import check_val_fraction, stratified_split
 
 _THREADS = 8
 
@@ -64,30 +64,16 @@ class ImageFolder(ImageDataModule):
         self.strict = strict
         self.class_names = _class_names(self.root)
         self.num_classes = len(self.class_names)
-        self._sources: TrainVal | None = None
 
-    def setup(self, stage: str) -> None:
-        """Find and verify the files, for any stage."""
-        self._load()
-
-    def train_source(self) -> SampleSource:
-        """The training images, read when they are fetched."""
-        return self._load().train
-
-    def val_source(self) -> SampleSource:
-        """The held-out images, never flipped."""
-        return self._load().val
-
-    def _load(self) -> TrainVal:
-        if self._sources is None:
-            files = self._readable_files()
-            labels = torch.tensor([label for _, label in files])
-            split = stratified_split(labels, val_fraction=self.val_fraction)
-            self._sources = TrainVal(
-                train=self._source(files, split.train.tolist(), flip_seed=self.seed if self.random_flip else None),
-                val=self._source(files, split.val.tolist(), flip_seed=None),
-            )
-        return self._sources
+    def load_sources(self) -> TrainVal:
+        """Find and verify the files; images are read when they are fetched, held-out ones never flipped."""
+        files = self._readable_files()
+        labels = torch.tensor([label for _, label in files])
+        split = stratified_split(labels, val_fraction=self.val_fraction)
+        return TrainVal(
+            train=self._source(files, split.train.tolist(), flip_seed=self.seed if self.random_flip else None),
+            val=self._source(files, split.val.tolist(), flip_seed=None),
+        )
 
     def _source(self, files: list[tuple[Path, int]], indices: list[int], *, flip_seed: int | None) -> ImageFileSource:
         chosen = [files[index] for index in indices]

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from softgen.data.base import ImageDataModule, SampleSource
+from softgen.data.base import ImageDataModule, TrainVal
 from softgen.random import derive_seed
 
 
@@ -70,11 +70,9 @@ class Labels(ImageDataModule):
         self.samples_per_epoch = samples_per_epoch
         self.val_samples = val_samples
 
-    def train_source(self) -> SampleSource:
-        """`samples_per_epoch` labels; label i depends on the seed and on i alone."""
+    def load_sources(self) -> TrainVal:
+        """`samples_per_epoch` labels, of which label i depends on the seed and on i alone; 0, 1, 2, ... held out."""
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "labels"))
-        return LabelSource(torch.randint(self.num_classes, (self.samples_per_epoch,), generator=generator))
-
-    def val_source(self) -> SampleSource:
-        """`val_samples` labels: 0, 1, 2 and so on, around and around."""
-        return LabelSource(torch.arange(self.val_samples) % self.num_classes)
+        labels = torch.randint(self.num_classes, (self.samples_per_epoch,), generator=generator)
+        held_out = torch.arange(self.val_samples) % self.num_classes
+        return TrainVal(train=LabelSource(labels), val=LabelSource(held_out))

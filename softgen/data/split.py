@@ -1,23 +1,14 @@
-"""A training and a held-out part: the pair of sources, and the stratified choice of the held-out samples."""
+"""The stratified choice of the held-out samples."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from softgen.data.base import SampleSource
 from softgen.random import derive_seed
 
 SPLIT_SEED = 0
 """Seed of every split. It is no argument: runs of different seeds must hold out the same samples."""
-
-
-@dataclass(frozen=True)
-class TrainVal:
-    """The two sources of a data module."""
-
-    train: SampleSource
-    val: SampleSource
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,9 +16,8 @@ from numpy.lib.format import open_memmap
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from softgen.data.base import ImageDataModule, SampleSource
+from softgen.data.base import ImageDataModule, SampleSource, TrainVal
 from softgen.data.batches import source_batches
-from softgen.data.split import TrainVal
 from softgen.data.token_files import CACHE_FORMAT, META_NAME, TokenCacheMeta, TokenSource, read_meta
 from softgen.pretrained import fingerprint
 
@@ -52,24 +51,10 @@ class TokenCache(ImageDataModule):
         self.num_sites = meta.num_sites
         self.num_codes = meta.num_codes
         self.tokenizer_fingerprint = meta.tokenizer_fingerprint
-        self._sources: TrainVal | None = None
 
-    def setup(self, stage: str) -> None:
-        """Map the files, for any stage."""
-        self._load()
-
-    def train_source(self) -> SampleSource:
-        """Tokens of the training images."""
-        return self._load().train
-
-    def val_source(self) -> SampleSource:
-        """Tokens of the held-out images."""
-        return self._load().val
-
-    def _load(self) -> TrainVal:
-        if self._sources is None:
-            self._sources = TrainVal(train=TokenSource(self.root, "train"), val=TokenSource(self.root, "val"))
-        return self._sources
+    def load_sources(self) -> TrainVal:
+        """Map the files of both parts."""
+        return TrainVal(train=TokenSource(self.root, "train"), val=TokenSource(self.root, "val"))
 
 
 class Tokenizer(Protocol):

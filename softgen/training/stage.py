@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from softgen.data.base import Batch
+from softgen.data.base import Batch, ImageDataModule
 from softgen.pretrained import Pretrained, fingerprint
 from softgen.random import SampleRandom, derive_seed
 from softgen.tokenizers.base import ImageTokenizer
@@ -49,6 +49,15 @@ class Stage(LightningModule, ABC):
     @abstractmethod
     def preview(self, batch: Batch) -> Tensor | None:
         """Images (n, 3, H, W) in [0, 1] that show the state of the training, or None where there is no picture."""
+
+    def setup(self, stage: str) -> None:
+        """Refuse data that does not go with the models, before any work."""
+        data = getattr(self.trainer, "datamodule", None)
+        if isinstance(data, ImageDataModule):
+            self.check_data(data)
+
+    def check_data(self, data: ImageDataModule) -> None:
+        """Raise ValueError, naming the key, if the data does not go with the models."""
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """As validation."""
@@ -150,3 +159,17 @@ class Stage(LightningModule, ABC):
                 raise ValueError(
                     f"model.{name}: expected the {name} that the checkpoint was trained with ({expected}), got {got}"
                 )
+
+
+def check_image_size(data: ImageDataModule, tokenizer: ImageTokenizer) -> None:
+    """Raise ValueError unless the images have the tokenizer's size."""
+    if data.image_size != tokenizer.image_size:
+        raise ValueError(
+            f"data.image_size: expected {tokenizer.image_size} pixels as the tokenizer has, got {data.image_size}"
+        )
+
+
+def check_num_classes(data: ImageDataModule, num_classes: int) -> None:
+    """Raise ValueError unless the data has the model's classes; an unconditional model takes any."""
+    if num_classes and data.num_classes != num_classes:
+        raise ValueError(f"data.num_classes: expected {num_classes} as the model has, got {data.num_classes}")

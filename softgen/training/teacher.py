@@ -7,19 +7,20 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from softgen.data.base import Batch
+from softgen.data.base import Batch, ImageDataModule
+from softgen.data.token_cache import TokenCache
 from softgen.distributed import masked_mean
 from softgen.loading import check_compatible, load_tokenizer
 from softgen.masking import MaskLaw, draw_mask_ratio, exact_mask, mask_counts
 from softgen.models.base import MaskedDiffusionModel
 from softgen.models.conditions import Condition
-from softgen.pretrained import Pretrained
+from softgen.pretrained import Pretrained, fingerprint
 from softgen.random import SampleRandom
 from softgen.relaxation import Distance, auto_two_tau_squared, neighbour_distribution, perplexity
 from softgen.sampling import MaskGITSampler
 from softgen.tokenizers.base import ImageTokenizer
 from softgen.training.optimization import OptimizerConfig
-from softgen.training.stage import Stage
+from softgen.training.stage import Stage, check_image_size, check_num_classes
 from softgen.training.targets import Target, check_target, hard_cross_entropy, neighbour_cross_entropy_dense
 
 
@@ -103,6 +104,17 @@ class TeacherTraining(Stage):
     def tokenizer_beside(self) -> ImageTokenizer:
         """The tokenizer of the codes."""
         return self.tokenizer
+
+    def check_data(self, data: ImageDataModule) -> None:
+        """Images, classes and stored tokens must be those of tokenizer and model."""
+        check_num_classes(data, self.model.num_classes)
+        if not isinstance(data, TokenCache):
+            check_image_size(data, self.tokenizer)
+        elif data.tokenizer_fingerprint != fingerprint(self.tokenizer):
+            raise ValueError(
+                f"data.root: expected tokens of the tokenizer {fingerprint(self.tokenizer)}, "
+                f"got tokens of {data.tokenizer_fingerprint} in {data.root}"
+            )
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Tokenise, mask, predict the masked sites."""

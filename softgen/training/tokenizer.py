@@ -4,13 +4,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from softgen.data.base import Batch
+from softgen.data.base import Batch, ImageDataModule
 from softgen.distributed import sum_over_ranks
 from softgen.pretrained import Pretrained
 from softgen.random import SampleRandom
 from softgen.tokenizers.conv_vq import ConvVQTokenizer
 from softgen.training.optimization import OptimizerConfig
-from softgen.training.stage import Stage
+from softgen.training.stage import Stage, check_image_size
 
 
 class TokenizerTraining(Stage):
@@ -56,6 +56,10 @@ class TokenizerTraining(Stage):
     def product(self) -> Pretrained:
         """The tokenizer."""
         return self.tokenizer
+
+    def check_data(self, data: ImageDataModule) -> None:
+        """Images must have the tokenizer's size."""
+        check_image_size(data, self.tokenizer)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Encode, quantise with a straight-through gradient, decode, compare."""

@@ -7,7 +7,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
-from softgen.data import Batch, ImageDataModule, OrdinalBatches, OrdinalStream, SampleSource, TensorSource
+from softgen.data import Batch, ImageDataModule, OrdinalBatches, OrdinalStream, TensorSource, TrainVal
 
 Seen = list[tuple[list[int], list[int]]]
 
@@ -27,11 +27,8 @@ class CountingData(ImageDataModule):
     image_size = 2
     num_classes = 22
 
-    def train_source(self) -> SampleSource:
-        return CountingSource(22)
-
-    def val_source(self) -> SampleSource:
-        return CountingSource(7)
+    def load_sources(self) -> TrainVal:
+        return TrainVal(train=CountingSource(22), val=CountingSource(7))
 
 
 class Recorder(LightningModule):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from softgen.data import Digits, ImageDataModule, SampleSource, TensorSource, TokenCache, write_token_cache
+from softgen.data import Digits, ImageDataModule, TensorSource, TokenCache, TrainVal, write_token_cache
 
 
 class RowTokenizer(nn.Module):
@@ -31,11 +31,8 @@ class Unlabelled(ImageDataModule):
     image_size = 8
     num_classes = 0
 
-    def train_source(self) -> SampleSource:
-        return TensorSource(torch.ones(5, 8, 8))
-
-    def val_source(self) -> SampleSource:
-        return TensorSource(torch.zeros(2, 8, 8))
+    def load_sources(self) -> TrainVal:
+        return TrainVal(train=TensorSource(torch.ones(5, 8, 8)), val=TensorSource(torch.zeros(2, 8, 8)))
 
 
 def test_a_cache_gives_what_the_tokenizer_gives(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from softgen.data import Digits, ImageDataModule, Labels, SampleSource, TensorSource
+from softgen.data import Digits, ImageDataModule, Labels, TensorSource, TrainVal
 from softgen.metrics import SmallClassifier, classifier_accuracy, train_classifier
 
 
@@ -13,14 +13,12 @@ class Halves(ImageDataModule):
     image_size = 4
     num_classes = 2
 
-    def train_source(self) -> SampleSource:
+    def load_sources(self) -> TrainVal:
         images = torch.zeros(64, 4, 4)
         images[::2, :, :2] = 1
         images[1::2, :, 2:] = 1
-        return TensorSource(images, torch.arange(64) % 2)
-
-    def val_source(self) -> SampleSource:
-        return self.train_source()
+        source = TensorSource(images, torch.arange(64) % 2)
+        return TrainVal(train=source, val=source)
 
 
 @pytest.mark.parametrize("image_size", [4, 7, 8, 15, 16, 28, 33])
