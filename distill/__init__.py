@@ -1,6 +1,6 @@
 """Distillation of masked diffusion models into one-step generators, and their refinement."""
 
-from distill.objectives import DiMO, Objective
+from distill.objectives import GAN, DiMO, Objective, Sharpen
 from distill.soft_dimo import SoftDiMO
 
-__all__ = ["DiMO", "Objective", "SoftDiMO"]
+__all__ = ["GAN", "DiMO", "Objective", "Sharpen", "SoftDiMO"]

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from softgen.relaxation import widen
+
 
 @dataclass(frozen=True)
 class Divergence:
@@ -49,5 +51,4 @@ def generalised_jeffreys(logits_p: Tensor, logits_q: Tensor, *, beta: float) -> 
 
 
 def _log_probs(logits: Tensor) -> Tensor:
-    wide = logits.detach() if logits.element_size() == 8 else logits.detach().float()
-    return wide.log_softmax(dim=-1)
+    return widen(logits.detach()).log_softmax(dim=-1)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from distill.objectives.base import DistillState, Objective
 from distill.objectives.dimo import DiMO
+from distill.weighting import weigh
 from softgen.categorical import sample_categorical
 from softgen.data.base import Batch, ImageDataModule
 from softgen.loading import check_compatible, load_generator, load_model, load_tokenizer
@@ -23,6 +24,7 @@ from softgen.training.optimization import OptimizerConfig, ParameterGroup
 from softgen.training.stage import Stage, check_num_classes
 
 _GAP_GROWTH = 1.5
+_R_INIT, _NOISE = 0.6, 0.1  # published
 
 
 class SoftDiMO(Stage):
@@ -51,8 +53,8 @@ class SoftDiMO(Stage):
         student: str | OneStepGenerator | None = None,
         objectives: Sequence[Objective] | None = None,
         optimizer: OptimizerConfig = OptimizerConfig(lr=1e-5, warmup_steps=100),  # noqa: B008 - frozen
-        r_init: float = 0.6,
-        noise: float = 0.1,
+        r_init: float = _R_INIT,
+        noise: float = _NOISE,
         temperature: float = 1.0,
         freeze_embedding: bool = True,
         seed: int = 0,
@@ -82,15 +84,16 @@ class SoftDiMO(Stage):
             raise ValueError(f"model.objectives: expected objectives of different names, got {', '.join(names)}")
         for objective in self._objectives():
             self._set_up(objective)
+        if next(iter(self._objectives())).weight == "auto":
+            raise ValueError(f"{names[0]}.weight: expected a number for the first objective, the anchor, got 'auto'")
         self._smallest_gap = math.inf
 
     def _set_up(self, objective: Objective) -> None:
         if objective.needs_tokenizer and self.tokenizer is None:
             raise ValueError(f"model.tokenizer: expected a tokenizer, since {objective.name} decodes images, got none")
-        if isinstance(objective, DiMO):
-            objective.auxiliary_optimizer = objective.auxiliary_optimizer or self.optimizer_config
-            self.student.metadata.setdefault("guidance", objective.guidance)
+        objective.default_optimizer = self.optimizer_config
         objective.setup(self.teacher, self.tokenizer)
+        self.student.metadata.update(objective.metadata())
 
     def _objectives(self) -> Iterable[Objective]:
         for objective in self.objectives:
@@ -122,20 +125,28 @@ class SoftDiMO(Stage):
         return self.tokenizer
 
     def check_data(self, data: ImageDataModule) -> None:
-        """The classes must be the teacher's."""
+        """The classes must be the teacher's; objectives that look at real images must get some."""
         check_num_classes(data, self.teacher.num_classes)
+        for objective in self._objectives():
+            if objective.needs_images and not data.has_images:
+                raise ValueError(f"data: expected real images or tokens, since {objective.name} needs them, got none")
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One on-policy pass of the student, then every objective on it."""
         state = self._student_pass(batch)
+        objectives = {objective.name: objective for objective in self._objectives()}
+        results = {name: objective(state) for name, objective in objectives.items()}
+        terms = weigh(results, objectives, state.logits)
+        held = state.step < max(objective.critic_only_steps for objective in objectives.values())
         losses: dict[str, Tensor] = {}
         logs: dict[str, Tensor] = {}
-        for objective in self._objectives():
-            result = objective(state)
-            losses[objective.name] = objective.weight * result.generator
+        for name, result in results.items():
+            losses[name] = 0 * terms[name].loss if held else terms[name].loss
             if result.critic is not None:
-                losses[f"{objective.name}_critic"] = result.critic
-            logs.update({f"{objective.name}_{name}": value for name, value in result.logs.items()})
+                losses[f"{name}_critic"] = result.critic
+            logs.update({f"{name}_{key}": value for key, value in result.logs.items()})
+            if objectives[name].weight == "auto":
+                logs[f"{name}_weight"] = torch.as_tensor(terms[name].weight)
         return self.report(batch, losses, logs)
 
     def _student_pass(self, batch: Batch) -> DistillState:
@@ -235,7 +246,10 @@ def _open_student(
         expected, got = getattr(teacher, name), getattr(opened.model, name)
         if expected != got:
             raise ValueError(f"model.student.{name}: expected {expected} as the teacher has, got {got}")
-    for name, asked, kept in (("r_init", r_init, opened.r_init), ("noise", noise, opened.noise)):
-        if asked != kept:
+    for name, asked, default, kept in (
+        ("r_init", r_init, _R_INIT, opened.r_init),
+        ("noise", noise, _NOISE, opened.noise),
+    ):
+        if asked not in (default, kept):
             rank_zero_warn(f"model.{name}: {asked} is ignored, since the student that was given has {kept}")
     return opened

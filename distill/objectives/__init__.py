@@ -2,5 +2,7 @@
 
 from distill.objectives.base import DistillState, Objective, ObjectiveLosses
 from distill.objectives.dimo import DiMO
+from distill.objectives.gan import GAN
+from distill.objectives.sharpen import Sharpen
 
-__all__ = ["DiMO", "DistillState", "Objective", "ObjectiveLosses"]
+__all__ = ["GAN", "DiMO", "DistillState", "Objective", "ObjectiveLosses", "Sharpen"]

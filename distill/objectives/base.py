@@ -6,6 +6,7 @@ Shape legend: B batch, N sites, K codes, L vectors of width d.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from softgen.models.conditions import Condition
 from softgen.models.generator import OneStepGenerator
 from softgen.random import SampleRandom
 from softgen.tokenizers.base import ImageTokenizer
-from softgen.training.optimization import ParameterGroup
+from softgen.training.optimization import OptimizerConfig, ParameterGroup
 
 
 @dataclass(frozen=True)
@@ -68,23 +69,32 @@ class Objective(nn.Module, ABC):
     generator's term must not reach the critic's weights, nor the critic's term the student's: detach.
 
     Args:
-        weight: w_i, at least 0.
+        weight: w_i, at least 0; or `auto`: the gradient at the student's logits is held at `weight_ratio` times the
+            first objective's.
+        weight_ratio: For `auto`, above 0.
 
     Attributes:
         name: Used in logs, error messages and the names of optimizer groups.
         needs_images: Whether the batch must hold real images or tokens.
-        needs_tokenizer: Whether images are decoded.
+        needs_tokenizer: Whether images are encoded or decoded.
+        critic_only_steps: Steps at the start of a run in which only critics learn.
+        default_optimizer: The student's settings, for a critic that has none of its own; set by `SoftDiMO`.
     """
 
     name: str
     needs_images: bool = False
     needs_tokenizer: bool = False
+    critic_only_steps: int = 0
+    default_optimizer: OptimizerConfig = OptimizerConfig()
 
-    def __init__(self, *, weight: float = 1.0) -> None:
+    def __init__(self, *, weight: float | Literal["auto"] = 1.0, weight_ratio: float = 1.0) -> None:
         super().__init__()
-        if not weight >= 0:
-            raise ValueError(f"{type(self).__name__}.weight: expected a number of at least 0, got {weight}")
+        if weight != "auto" and not weight >= 0:
+            raise ValueError(f"{type(self).__name__}.weight: expected 'auto' or a number of at least 0, got {weight}")
+        if not weight_ratio > 0:
+            raise ValueError(f"{type(self).__name__}.weight_ratio: expected a number above 0, got {weight_ratio}")
         self.weight = weight
+        self.weight_ratio = weight_ratio
 
     def setup(self, teacher: MaskedDiffusionModel, tokenizer: ImageTokenizer | None) -> None:
         """Build the critic from the frozen teacher; called once, before the optimizer is made.
@@ -100,6 +110,10 @@ class Objective(nn.Module, ABC):
     def parameter_groups(self) -> Iterable[ParameterGroup]:
         """The critic's optimizer groups; none for an objective without a critic."""
         return ()
+
+    def metadata(self) -> Mapping[str, Any]:
+        """Facts to keep with the student's weights; JSON values."""
+        return {}
 
     def extra_repr(self) -> str:
         """The weight, for printing."""

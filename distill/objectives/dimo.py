@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 import torch
@@ -132,5 +132,9 @@ class DiMO(Objective):
 
     def parameter_groups(self) -> Iterable[ParameterGroup]:
         """One group, `auxiliary`."""
-        assert self.auxiliary_optimizer is not None, "SoftDiMO fills in the student's settings"
-        yield ParameterGroup("auxiliary", list(self.auxiliary.parameters()), self.auxiliary_optimizer)
+        config = self.auxiliary_optimizer or self.default_optimizer
+        yield ParameterGroup("auxiliary", list(self.auxiliary.parameters()), config)
+
+    def metadata(self) -> Mapping[str, float]:
+        """The teacher's guidance, at which teacher and student compare."""
+        return {"guidance": self.guidance}

@@ -153,10 +153,12 @@ class ImageDataModule(LightningDataModule):
     Attributes:
         image_size: Height and width of the images in pixels.
         num_classes: Number of classes, or 0 where there are no labels.
+        has_images: Whether batches hold images or tokens, not labels alone.
     """
 
     image_size: int
     num_classes: int
+    has_images: bool = True
 
     def __init__(self, *, batch_size: int = 64, num_workers: int = 0, seed: int = 0) -> None:
         super().__init__()

@@ -43,6 +43,8 @@ class Labels(ImageDataModule):
         ValueError: An argument is out of range.
     """
 
+    has_images = False
+
     def __init__(
         self,
         num_classes: int,

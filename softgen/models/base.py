@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from softgen.models.conditions import ClassCondition, Condition
 from softgen.pretrained import Pretrained
@@ -100,10 +101,34 @@ class MaskedDiffusionModel(Pretrained, ABC):
         Raises:
             ValueError: If a tap is not a layer.
         """
+        self.check_taps(taps)
+        return self.run(embeddings, condition, taps)
+
+    def check_taps(self, taps: Sequence[int], *, key: str = "taps") -> None:
+        """Refuse taps that are no layers.
+
+        Raises:
+            ValueError: Naming the valid range.
+        """
         for tap in taps:
             if not 0 <= tap < self.num_layers:
-                raise ValueError(f"taps: expected layers in 0..{self.num_layers - 1}, got {tap}")
-        return self.run(embeddings, condition, taps)
+                raise ValueError(f"{key}: expected layers in 0..{self.num_layers - 1}, got {tap}")
+
+    @property
+    def hidden_dim(self) -> int:
+        """Width of the hidden states that taps give."""
+        return self.embedding_dim
+
+    @property
+    def condition_dim(self) -> int:
+        """c, width of the pooled condition."""
+        return self.num_classes + 1
+
+    def pool(self, condition: Condition) -> Tensor:
+        """The condition as one vector a sample, (B, c), for networks beside the model: one-hot classes, null last."""
+        assert isinstance(condition, ClassCondition)
+        labels = condition.labels.masked_fill(condition.dropped, self.num_classes)
+        return F.one_hot(labels, self.condition_dim).float()
 
     def check(self, *, key: str) -> None:
         """Refuse a model whose mask is one of its image codes.

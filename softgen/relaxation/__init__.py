@@ -10,10 +10,12 @@ from softgen.relaxation.neighbours import (
     neighbour_logits,
     perplexity,
 )
-from softgen.relaxation.precision import full_precision
+from softgen.relaxation.precision import full_precision, widen
+from softgen.relaxation.relaxed import Relaxation
 
 __all__ = [
     "Distance",
+    "Relaxation",
     "Sharpness",
     "auto_two_tau_squared",
     "decoding_gap",
@@ -26,4 +28,5 @@ __all__ = [
     "perplexity",
     "probabilities",
     "sharpness",
+    "widen",
 ]

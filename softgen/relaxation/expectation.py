@@ -2,6 +2,8 @@
 
 from torch import Tensor
 
+from softgen.relaxation.precision import widen
+
 
 def probabilities(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
     """Softmax over the last dimension, in float32 whatever the precision of the logits.
@@ -18,7 +20,7 @@ def probabilities(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
     """
     if not temperature > 0:
         raise ValueError(f"temperature: expected a number above 0, got {temperature}")
-    wide = logits if logits.element_size() == 8 else logits.float()
+    wide = widen(logits)
     return (wide / temperature).softmax(dim=-1) if temperature != 1 else wide.softmax(dim=-1)
 
 

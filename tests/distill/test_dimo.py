@@ -285,7 +285,7 @@ def test_guidance_needs_a_null_condition() -> None:
             r"DiMO.auxiliary_label_smoothing: expected a number in \[0, 1\], got 1.5",
         ),
         ({"reduction": "max"}, "DiMO.reduction: expected sum or mean, got 'max'"),
-        ({"weight": -1.0}, "DiMO.weight: expected a number of at least 0, got -1.0"),
+        ({"weight": -1.0}, "DiMO.weight: expected 'auto' or a number of at least 0, got -1.0"),
         (
             {"auxiliary_optimizer": OptimizerConfig(lr=-1.0)},
             "DiMO.auxiliary_optimizer.lr: expected a number of at least 0, got -1.0",

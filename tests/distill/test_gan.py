@@ -1,0 +1,194 @@
+"""The GAN on soft embeddings: where gradients go, what they are, and what the options do."""
+
+import re
+
+import pytest
+import torch
+from torch import Tensor
+
+from distill import GAN, DiMO, Sharpen, SoftDiMO
+from distill.objectives import DistillState
+from distill.weighting import weigh
+from softgen.data import Digits, Labels
+from softgen.models import MaskedTransformer
+from softgen.random import SampleRandom, derive_seed
+from softgen.relaxation import Relaxation
+from softgen.testing import count_calls
+from softgen.tokenizers import ConvVQTokenizer
+
+BATCH = 6
+
+
+@pytest.fixture
+def tokenizer() -> ConvVQTokenizer:
+    return ConvVQTokenizer(image_size=8, num_codes=7, channels=[8, 8])
+
+
+@pytest.fixture
+def teacher() -> MaskedTransformer:
+    model = MaskedTransformer(num_codes=7, num_sites=16, num_classes=3, width=8, depth=2, heads=2)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def _module(teacher: MaskedTransformer, tokenizer: ConvVQTokenizer, *objectives: object) -> SoftDiMO:
+    return SoftDiMO(teacher=teacher, tokenizer=tokenizer, objectives=list(objectives))  # type: ignore[arg-type]
+
+
+def _state(module: SoftDiMO, logits: Tensor, step: int = 0) -> DistillState:
+    images = torch.rand(BATCH, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    tokens = (7 * images[:, 0, ::2, ::2]).long().flatten(1)
+    return DistillState(
+        student=module.student,
+        teacher=module.teacher,
+        tokenizer=module.tokenizer,
+        condition=module.teacher.encode(torch.arange(BATCH) % 3),
+        logits=logits,
+        tokens=logits.argmax(-1).detach(),
+        batch={
+            "token": images[:, 0, ::2, ::2].mul(7).long().flatten(1),
+            "image": images,
+            "ordinal": list(range(BATCH)),
+        },
+        step=step,
+        noise=lambda stream: SampleRandom(derive_seed(0, stream), range(BATCH), device=logits.device),
+    )
+
+
+def _logits(dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(BATCH, 16, 7, generator=torch.Generator().manual_seed(0), dtype=dtype).requires_grad_()
+
+
+@pytest.mark.parametrize("loss", ["hinge", "non_saturating"])
+@pytest.mark.parametrize("head", ["pooled", "per_token"])
+def test_gradients_go_where_they_belong(
+    teacher: MaskedTransformer, tokenizer: ConvVQTokenizer, loss: str, head: str
+) -> None:
+    gan = GAN(loss=loss, head=head)  # type: ignore[arg-type]
+    module = _module(teacher, tokenizer, DiMO(guidance=1.0), gan)
+    logits = _logits()
+    result = gan(_state(module, logits))
+
+    (to_logits,) = torch.autograd.grad(result.generator, logits, retain_graph=True)
+    assert to_logits.abs().sum() > 0
+    assert all(
+        grad is None
+        for grad in torch.autograd.grad(
+            result.generator, list(gan.heads.parameters()), retain_graph=True, allow_unused=True
+        )
+    )
+    (critic_to_logits,) = torch.autograd.grad(result.critic, logits, retain_graph=True, allow_unused=True)
+    assert critic_to_logits is None
+    result.critic.backward()
+    assert all(parameter.grad is not None for parameter in gan.heads.parameters())
+    assert all(parameter.grad is None for parameter in module.teacher.parameters())
+
+
+@pytest.mark.parametrize("kind", ["soft", "soft_topk", "annealed"])
+def test_generator_gradient_against_finite_differences(
+    teacher: MaskedTransformer, tokenizer: ConvVQTokenizer, kind: str
+) -> None:
+    gan = GAN(mask_ratio=(0.2, 0.5), relaxation=Relaxation(kind=kind, top_k=7))  # type: ignore[arg-type]
+    module = _module(teacher.double(), tokenizer, gan).double()
+    for parameter in gan.heads.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    logits = _logits(torch.float64)
+    (gradient,) = torch.autograd.grad(gan(_state(module, logits)).generator, logits)
+    direction = torch.randn_like(logits)
+    epsilon = 1e-5
+    with torch.no_grad():
+        above = gan(_state(module, logits + epsilon * direction)).generator
+        below = gan(_state(module, logits - epsilon * direction)).generator
+    slope = ((above - below) / (2 * epsilon)).item()
+    assert slope == pytest.approx((gradient * direction).sum().item(), rel=1e-6)
+
+
+def test_masked_sites_have_no_gradient_at_full_masking(teacher: MaskedTransformer, tokenizer: ConvVQTokenizer) -> None:
+    gan = GAN(mask_ratio=(0.5, 0.5))
+    module = _module(teacher, tokenizer, gan)
+    logits = _logits()
+    (gradient,) = torch.autograd.grad(gan(_state(module, logits)).generator, logits)
+    moved = (gradient.abs().sum(-1) > 0).sum(dim=-1)
+    assert moved.tolist() == [8] * BATCH
+
+
+def test_one_student_pass_and_two_of_the_teacher_beside_dimo(
+    teacher: MaskedTransformer, tokenizer: ConvVQTokenizer
+) -> None:
+    gan = GAN()
+    module = _module(teacher, tokenizer, gan)
+    with count_calls(module.teacher) as calls:
+        gan(_state(module, _logits()))
+    assert calls.calls == 2
+    assert calls.samples == [BATCH, BATCH]
+
+
+def test_automatic_weight_holds_the_ratio_of_the_gradients(
+    teacher: MaskedTransformer, tokenizer: ConvVQTokenizer
+) -> None:
+    dimo, gan = DiMO(guidance=1.5), GAN(weight="auto", weight_ratio=0.5)
+    module = _module(teacher, tokenizer, dimo, gan)
+    with torch.no_grad():
+        for parameter in dimo.auxiliary.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    logits = _logits()
+    state = _state(module, logits)
+    results = {"dimo": dimo(state), "gan": gan(state)}
+    terms = weigh(results, {"dimo": dimo, "gan": gan}, logits)
+    norms = [torch.autograd.grad(terms[name].loss, logits, retain_graph=True)[0].norm() for name in ("dimo", "gan")]
+    assert norms[1].item() == pytest.approx(0.5 * norms[0].item(), rel=1e-5)
+    plain = torch.autograd.grad(dimo(state).generator, logits)[0].norm()
+    assert norms[0].item() == pytest.approx(plain.item(), rel=1e-5)
+
+
+def test_sharpen_lowers_entropy() -> None:
+    logits = torch.tensor([[[2.0, 1.0, 0.0]]], requires_grad=True)
+    module_free = Sharpen()
+    state = DistillState(
+        student=None,  # type: ignore[arg-type]
+        teacher=None,  # type: ignore[arg-type]
+        tokenizer=None,
+        condition=None,  # type: ignore[arg-type]
+        logits=logits,
+        tokens=logits.argmax(-1),
+        batch={},
+        step=0,
+        noise=None,  # type: ignore[arg-type]
+    )
+    loss = module_free(state).generator
+    expected = torch.distributions.Categorical(logits=logits.detach()).entropy().mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert gradient[0, 0, 0] < 0 < gradient[0, 0, 2]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"taps": [2]}, "GAN.taps: expected layers in 0..1, got 2"),
+        ({"mask_ratio": (0.5, 1.0)}, "GAN.mask_ratio: expected two rising numbers in [0, 1), got [0.5, 1.0]"),
+        (
+            {"relaxation": Relaxation(kind="hard")},  # type: ignore[arg-type]
+            "GAN.relaxation.kind: expected one of soft, gumbel_st, st, soft_topk, annealed "
+            "(hard tokens have no gradient), got 'hard'",
+        ),
+        ({"weight": -1.0}, "GAN.weight: expected 'auto' or a number of at least 0, got -1.0"),
+        ({"head": "global"}, "GAN.head: expected one of pooled, per_token, got 'global'"),
+    ],
+)
+def test_impossible_options(
+    teacher: MaskedTransformer, tokenizer: ConvVQTokenizer, options: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        _module(teacher, tokenizer, GAN(**options))  # type: ignore[arg-type]
+
+
+def test_needs_images_and_an_anchor(teacher: MaskedTransformer, tokenizer: ConvVQTokenizer) -> None:
+    module = _module(teacher, tokenizer, DiMO(guidance=1.0), GAN())
+    with pytest.raises(ValueError, match="data: expected real images or tokens, since gan needs them, got none"):
+        module.check_data(Labels(num_classes=3))
+    with pytest.raises(ValueError, match=r"gan\.weight: expected a number for the first objective, the anchor"):
+        _module(teacher, tokenizer, GAN(weight="auto"))
+    with pytest.raises(ValueError, match=r"data.num_classes: expected 3 as the model has, got 10"):
+        module.check_data(Digits())
