@@ -1,0 +1,116 @@
+"""TTEO on toys: the reward rises on hard-decoded images, no weight moves, and it is deterministic."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from softgen.models import MaskedTransformer, OneStepGenerator
+from softgen.testing import ToyTokenizer
+from tteo import TTEOSettings, optimize
+
+
+def _ink(images: Tensor, conditions: object) -> Tensor:
+    return images.mean(dim=(1, 2, 3))
+
+
+@pytest.fixture
+def generator() -> OneStepGenerator:
+    torch.manual_seed(0)
+    model = MaskedTransformer(num_codes=5, num_sites=4, num_classes=3, width=16, depth=2, heads=2)
+    torch.nn.init.normal_(model.head.weight, std=0.5)
+    return OneStepGenerator(model)
+
+
+@pytest.fixture
+def tokenizer() -> ToyTokenizer:
+    return ToyTokenizer(num_codes=5)
+
+
+LABELS = torch.arange(12) % 3
+
+
+@pytest.mark.parametrize(("name", "lr"), [("sgd", 30.0), ("adam", 0.05)])
+def test_the_reward_of_hard_images_rises(
+    generator: OneStepGenerator, tokenizer: ToyTokenizer, name: str, lr: float
+) -> None:
+    settings = TTEOSettings(steps=25, lr=lr, optimizer=name)  # type: ignore[arg-type]
+    before = {key: value.clone() for key, value in generator.state_dict().items()}
+
+    result = optimize(generator, tokenizer, _ink, LABELS, settings=settings)
+
+    assert (result.after >= result.before).all()
+    assert result.after.mean() > result.before.mean() + 0.2
+    assert result.soft_scores[-1].mean() > result.soft_scores[0].mean() + 0.1
+    torch.testing.assert_close(_ink(tokenizer.decode(result.tokens), None), result.after)
+    torch.testing.assert_close(result.images, tokenizer.decode(result.tokens))
+    assert all(torch.equal(value, before[key]) for key, value in generator.state_dict().items())
+    assert all(parameter.requires_grad for parameter in generator.parameters())
+    assert all(parameter.grad is None for parameter in generator.parameters())
+    assert result.soft_scores.shape == (25, 12)
+    assert result.hard_scores.shape == (26, 12)
+
+
+def test_the_first_step_is_the_gradient_of_the_soft_reward(
+    generator: OneStepGenerator, tokenizer: ToyTokenizer
+) -> None:
+    result = optimize(generator, tokenizer, _ink, LABELS[:2], settings=TTEOSettings(steps=1, lr=7.0, keep_every=1))
+    start = optimize(generator, tokenizer, lambda images, _: 0 * _ink(images, _), LABELS[:2]).embeddings
+    moving = start.clone().requires_grad_()
+    logits = generator.logits(moving, generator.model.encode(LABELS[:2]))
+    soft = tokenizer.decode_embeddings(tokenizer.embed_soft(logits.softmax(-1)))
+    (gradient,) = torch.autograd.grad(_ink(soft, None).sum(), moving)
+    moved = (result.best_step == 1).view(-1, 1, 1)
+    torch.testing.assert_close(result.embeddings, torch.where(moved, start + 7.0 * gradient, start))
+    assert result.trajectory.shape == (2, 2, 3, 8, 8)
+    assert result.trajectory_steps == (0, 1)
+
+
+def test_deterministic_by_seed_and_candidates_share_a_batch(
+    generator: OneStepGenerator, tokenizer: ToyTokenizer
+) -> None:
+    settings = TTEOSettings(steps=3, lr=5.0, candidates=2)
+    first = optimize(generator, tokenizer, _ink, LABELS, settings=settings, seed=4)
+    again = optimize(generator, tokenizer, _ink, LABELS, settings=settings, seed=4)
+    other = optimize(generator, tokenizer, _ink, LABELS, settings=settings, seed=5)
+    assert torch.equal(first.images, again.images)
+    assert not torch.equal(first.embeddings, other.embeddings)
+    assert first.images.shape[0] == 24
+
+
+def test_pull_clip_and_patience(generator: OneStepGenerator, tokenizer: ToyTokenizer) -> None:
+    free = optimize(generator, tokenizer, _ink, LABELS, settings=TTEOSettings(steps=5, lr=30.0))
+    clipped = optimize(generator, tokenizer, _ink, LABELS, settings=TTEOSettings(steps=5, lr=30.0, clip=1e-4))
+    assert clipped.soft_scores[-1].mean() < free.soft_scores[-1].mean()
+    stopped = optimize(
+        generator, tokenizer, lambda images, _: 0 * _ink(images, _), LABELS, settings=TTEOSettings(steps=50, patience=4)
+    )
+    assert stopped.hard_scores.shape[0] == 5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 0}, r"steps: expected at least 1, got 0"),
+        ({"lr": 0.0}, r"lr: expected a number above 0, got 0\.0"),
+        ({"clip": -1.0}, r"clip: expected a number of at least 0, got -1\.0"),
+        ({"optimizer": "lbfgs"}, r"optimizer: expected sgd or adam, got 'lbfgs'"),
+    ],
+)
+def test_impossible_settings(
+    generator: OneStepGenerator, tokenizer: ToyTokenizer, options: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        optimize(generator, tokenizer, _ink, LABELS, settings=TTEOSettings(**options))  # type: ignore[arg-type]
+
+
+def test_bad_conditions_and_rewards(generator: OneStepGenerator, tokenizer: ToyTokenizer) -> None:
+    with pytest.raises(ValueError, match="conditions: expected at least one label or prompt, got none"):
+        optimize(generator, tokenizer, _ink, LABELS[:0])
+    with pytest.raises(ValueError, match=r"conditions: expected labels in 0\.\.2, got \[5\]"):
+        optimize(generator, tokenizer, _ink, torch.tensor([5]))
+    with pytest.raises(ValueError, match="since this generator is class-conditional, got prompts"):
+        optimize(generator, tokenizer, _ink, ["a cat"])
+    with pytest.raises(ValueError, match=r"reward: expected scores of shape \(12,\), got \(12, 3\)"):
+        optimize(generator, tokenizer, lambda images, _: images.mean(dim=(2, 3)), LABELS)
+    with pytest.raises(ValueError, match="reward: expected finite scores"):
+        optimize(generator, tokenizer, lambda images, _: _ink(images, _) / 0 - _ink(images, _) / 0, LABELS)
