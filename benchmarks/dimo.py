@@ -224,14 +224,14 @@ def _markdown(content: dict[str, Any]) -> str:
         f"{row['student_ms']:.0f} | {row['speed_up']:.1f} x | {row['speed_up_by_pass_saved']:.2f} |"
         for row in content["throughput"]
     ]
-    stages = [run["stage_seconds"] for run in runs]
-    walls = [run["wall_seconds"] for run in runs]
+    timed = [run for run in runs if not run.get("resumed")]
     lines += [
         "",
-        "Wall time of a pipeline on one thread, two side by side on 2 cores: "
+        "Wall time of an uninterrupted pipeline on one thread, two side by side on 2 cores: "
         + "; ".join(
-            f"seed {seed} {wall:.0f} s ({', '.join(f'{name} {value:.0f}' for name, value in stage.items())})"
-            for seed, wall, stage in zip(seeds, walls, stages, strict=True)
+            f"seed {run['seed']} {run['wall_seconds']:.0f} s "
+            f"({', '.join(f'{name} {value:.0f}' for name, value in run['stage_seconds'].items())})"
+            for run in timed
         )
         + ".",
         "",

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from softgen.callbacks import latest_checkpoint
 from softgen.cli import fail, run_command
 from softgen.data.base import ImageDataModule
 from softgen.evaluate import named_protocol, write_json
@@ -57,6 +58,7 @@ class Run:
     rows: list[Row] = field(default_factory=list)
     shown: dict[str, Tensor] = field(default_factory=dict)
     stage_seconds: dict[str, float] = field(default_factory=dict)
+    resumed: list[str] = field(default_factory=list)
 
     def folder(self, stage: str) -> Path:
         """The run folder of a stage."""
@@ -126,6 +128,7 @@ def quickstart(
         "real_accuracy": protocol.accuracy,
         "wall_seconds": round(wall, 1),
         "stage_seconds": {stage: round(value, 1) for stage, value in run.stage_seconds.items()},
+        "resumed": run.resumed,
         "rows": [asdict(row) for row in run.rows],
     }
     write_json(folder / "metrics.json", metrics)
@@ -143,6 +146,8 @@ def _fit(run: Run, stage: str, options: Sequence[str]) -> None:
     from softgen.fit import main as fit
 
     start = time.perf_counter()
+    if "--ckpt_path=last" in options and latest_checkpoint(run.folder(stage)) is not None:
+        run.resumed.append(stage)
     words = [f"--config={run.recipe.config(stage)}", f"--run_dir={run.folder(stage)}", f"--seed={run.seed}"]
     fit([*words, *options])
     run.stage_seconds[stage] = time.perf_counter() - start
