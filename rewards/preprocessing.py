@@ -1,0 +1,60 @@
+"""What a pretrained image tower wants its pixels to be, on tensors and differentiable."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+_HALF_LEVEL = 0.5 / 255
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """Antialiased resize, centre crop, and the model's own mean and std.
+
+    The sizes follow torchvision's rules, and the values the usual PIL pipeline, which filters rows, then columns, and
+    after each clips to [0, 1] what bicubic interpolation overshoots at edges (new releases of Pillow take some images
+    that are not square by columns first, which shows at hard edges). PIL also rounds to 8 bits each time; here nothing
+    is rounded, so that the gradient is exact. The clipping leaves half an 8-bit level on either side, which rounds to
+    the same: flat black and white areas keep their gradient.
+
+    Attributes:
+        size: Height and width of the result in pixels.
+        mean: Of each channel, subtracted.
+        std: Of each channel, divided by.
+        interpolation: The filter.
+        resize_mode: "shortest" scales the shorter edge to the size and cuts out the centre; "squash" scales both edges
+            and keeps no aspect ratio.
+    """
+
+    size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    resize_mode: Literal["shortest", "squash"] = "shortest"
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Map images (B, 3, H, W) in [0, 1] to (B, 3, *size), normalised, in float32 or better."""
+        from torchvision.transforms import InterpolationMode, functional
+
+        images = images.to(torch.promote_types(images.dtype, torch.float32))
+        height, width = self._resized(images.shape[-2], images.shape[-1])
+        for size in ([images.shape[-2], width], [height, width]):
+            images = functional.resize(images, size, InterpolationMode(self.interpolation), antialias=True)
+            images = images.clamp(-_HALF_LEVEL, 1 + _HALF_LEVEL)
+        if self.resize_mode == "shortest":
+            images = functional.center_crop(images, list(self.size))
+        mean, std = (images.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
+        return (images - mean) / std
+
+    def _resized(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width after the resize, before the crop."""
+        target_height, target_width = self.size
+        if self.resize_mode == "squash":
+            return target_height, target_width
+        if target_height == target_width:
+            side, short = target_height, min(height, width)
+            return int(side * height / short), int(side * width / short)
+        ratio = min(height / target_height, width / target_width)
+        return round(height / ratio), round(width / ratio)

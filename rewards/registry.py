@@ -1,0 +1,92 @@
+"""Rewards by name: the built-in ones, those of installed packages, and any class by its path."""
+
+import inspect
+import warnings
+from collections.abc import Callable
+from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING, Any
+
+from rewards.errors import one_line
+
+if TYPE_CHECKING:
+    from rewards.base import Reward
+
+GROUP = "softgen.rewards"
+BUILT_IN = {"classifier": "rewards.classifier:ClassifierReward", "clip": "rewards.clip:CLIPReward"}
+
+
+def available() -> dict[str, str]:
+    """Every reward that `build` knows by name, and where it comes from. Imports none of them.
+
+    A package adds one by an entry point of the group `softgen.rewards`, whose object is a `Reward` class, or a function
+    that returns a `Reward`. A name that is taken, by a built-in reward or by another package, is left out with a
+    warning.
+    """
+    built_in = {name: f"built in, {value}" for name, value in BUILT_IN.items()}
+    return built_in | {name: f"package {_package(entry)}, {entry.value}" for name, entry in _plugins().items()}
+
+
+def build(name: str, **options: Any) -> "Reward":
+    """Build a reward.
+
+    Args:
+        name: One of `available()`, or the dotted path of a class, such as "my_package.MyReward".
+        options: Arguments of the reward, by keyword.
+
+    Raises:
+        ValueError: An unknown name, a plug-in that cannot be imported, arguments that do not fit, or something that is
+            not a `Reward`.
+        ImportError: A built-in reward needs an extra that is not installed; the message has the pip command.
+    """
+    from rewards.base import Reward
+
+    factory = _factory(name)
+    try:
+        inspect.signature(factory).bind(**options)
+    except TypeError as error:
+        raise ValueError(f"reward {name}: expected its own arguments, got an error ({one_line(error)})") from error
+    reward = factory(**options)
+    if not isinstance(reward, Reward):
+        raise ValueError(f"reward {name}: expected a rewards.Reward, got a {type(reward).__name__}")
+    return reward
+
+
+def _factory(name: str) -> Callable[..., Any]:
+    plugins = _plugins()
+    if name in BUILT_IN:
+        entry = EntryPoint(name=name, value=BUILT_IN[name], group=GROUP)
+    elif name in plugins:
+        entry = plugins[name]
+    elif "." in name or ":" in name:
+        module, _, attribute = name.replace(":", ".").rpartition(".")
+        entry = EntryPoint(name=name, value=f"{module}:{attribute}", group=GROUP)
+    else:
+        known = ", ".join(sorted({*BUILT_IN, *plugins}))
+        raise ValueError(f"reward: expected one of {known}, or the dotted path of a class, got {name!r}")
+    try:
+        factory: Callable[..., Any] = entry.load()
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"reward {name}: expected to import {entry.value}, got an error ({one_line(error)})"
+        ) from error
+    if not callable(factory):
+        raise ValueError(f"reward {name}: expected a class or a function, got a {type(factory).__name__}")
+    return factory
+
+
+def _plugins() -> dict[str, EntryPoint]:
+    plugins: dict[str, EntryPoint] = {}
+    for entry in entry_points(group=GROUP):
+        if entry.name in BUILT_IN or (entry.name in plugins and plugins[entry.name].value != entry.value):
+            owner = "built in" if entry.name in BUILT_IN else f"of package {_package(plugins[entry.name])}"
+            warnings.warn(
+                f"reward {entry.name}: ignoring that of package {_package(entry)}, the name is taken by one {owner}",
+                stacklevel=3,
+            )
+            continue
+        plugins.setdefault(entry.name, entry)
+    return plugins
+
+
+def _package(entry: EntryPoint) -> str:
+    return "unknown" if entry.dist is None else f"{entry.dist.name} {entry.dist.version}"
