@@ -52,8 +52,9 @@ class OneLineErrors:
 class CommandParser(OneLineErrors, ArgumentParser):
     """The argument parser of the small commands."""
 
-    def __init__(self, *, program: str, description: str) -> None:
-        super().__init__(prog=f"python -m {program}", description=description)
+    def __init__(self, *args: Any, program: str = "softgen", **kwargs: Any) -> None:
+        # jsonargparse makes parsers of this class itself, for the arguments of nested classes.
+        super().__init__(*args, **kwargs)
         self.program = program
 
 
@@ -68,7 +69,8 @@ def user_errors(program: str) -> Iterator[None]:
 
 def command_parser(function: Callable[..., Any], *, program: str) -> CommandParser:
     """A parser of the function's keyword arguments."""
-    parser = CommandParser(program=program, description=(function.__doc__ or "").splitlines()[0])
+    summary = (function.__doc__ or "").splitlines()[0]
+    parser = CommandParser(program=program, prog=f"python -m {program}", description=summary)
     parser.add_argument("--config", action="config", help="Options from a YAML file.")
     parser.add_function_arguments(function)
     return parser

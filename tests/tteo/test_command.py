@@ -1,0 +1,54 @@
+"""`python -m tteo` from a saved generator to its files."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from softgen.metrics import SmallClassifier
+from softgen.models import MaskedTransformer, OneStepGenerator
+from softgen.tokenizers import ConvVQTokenizer
+from tteo.__main__ import main
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> tuple[str, str]:
+    torch.manual_seed(0)
+    model = MaskedTransformer(num_codes=7, num_sites=16, num_classes=10, width=16, depth=1, heads=2)
+    torch.nn.init.normal_(model.head.weight, std=0.5)
+    tokenizer = ConvVQTokenizer(image_size=8, num_codes=7, channels=[8, 8])
+    OneStepGenerator(model).save_pretrained(tmp_path / "student", tokenizer=tokenizer)
+    SmallClassifier(name="net", image_size=8, num_classes=10, width=4).save(tmp_path / "net")
+    return str(tmp_path / "student"), str(tmp_path / "net")
+
+
+def test_writes_images_scores_and_pictures(
+    folders: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    student, net = folders
+    words = [f"--generator={student}", "--label=[3,5]", "--reward=rewards.ClassifierReward", "--device=cpu"]
+    options = ["--settings.steps=4", "--settings.candidates=2", "--settings.lr=5", f"--out={tmp_path / 'out'}"]
+    main([*words, f"--reward.classifier={net}", *options])
+    scores = json.loads((tmp_path / "out/scores.json").read_text())
+    assert len(scores["after"]) == 4
+    assert all(after >= before for before, after in zip(scores["before"], scores["after"], strict=True))
+    assert len(scores["soft"]) == 4
+    assert len(scores["hard"]) == 5
+    assert len(list((tmp_path / "out/images").glob("*.png"))) == 4
+    assert (tmp_path / "out/before_after.png").is_file()
+    assert (tmp_path / "out/curve.png").is_file()
+    assert "mean score" in capsys.readouterr().out
+
+
+def test_bad_input_is_one_line(folders: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    student, net = folders
+    words = [f"--generator={student}", "--reward=rewards.ClassifierReward", f"--reward.classifier={net}"]
+    for extra, message in (
+        ("--label=[11]", "reward classifier: expected labels in [0, 9], got 11"),
+        ("--label=[]", "conditions: expected at least one label or prompt, got none"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main([*words, extra, "--device=cpu"])
+        assert stop.value.code == 2
+        assert message in capsys.readouterr().err

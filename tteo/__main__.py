@@ -1,0 +1,96 @@
+"""Raise a reward of chosen samples: `python -m tteo --generator DIR --label "[3]" --reward CLASS`."""
+
+from pathlib import Path
+
+import torch
+
+from rewards import Reward, check_reward
+from softgen.cli import run_command
+from softgen.evaluate import write_json
+from softgen.images import save_grid, save_image
+from softgen.loading import load_generator, load_tokenizer
+from softgen.sample import best_device
+from tteo.optimize import TTEOSettings, optimize
+from tteo.result import TTEOResult
+
+PROGRAM = "tteo"
+
+
+def tteo(
+    *,
+    generator: str,
+    label: list[int],
+    reward: Reward,
+    tokenizer: str | None = None,
+    out: str = "tteo",
+    settings: TTEOSettings = TTEOSettings(),  # noqa: B008 - frozen
+    seed: int = 0,
+    device: str | None = None,
+) -> None:
+    """Optimise the input embeddings of a one-step generator; write images, before and after, a curve and scores.
+
+    Args:
+        generator: Folder or hub id of a one-step generator.
+        label: Classes, one image each (times `settings.candidates`).
+        reward: What is climbed, e.g. `rewards.ClassifierReward`.
+        tokenizer: Folder or hub id; by default the one beside the generator.
+        out: Folder to write to.
+        settings: How the embedding is moved.
+        seed: Sample i depends on (seed, i) alone.
+        device: Torch device; by default the best one present.
+
+    Raises:
+        ValueError: Naming the option, what was expected and what was got.
+    """
+    settings.check()
+    target = torch.device(device) if device else best_device()
+    model = load_generator(generator).to(target)
+    decoder = load_tokenizer(tokenizer if tokenizer is not None else generator).to(target)
+    labels = torch.tensor(label, dtype=torch.long)
+    scorer = reward.to(target)
+    if label:
+        check_reward(scorer, image_size=decoder.image_size, conditions=labels[:1].to(target))
+    result = optimize(model, decoder, scorer, labels, settings=settings, seed=seed)
+    write_result(result, Path(out))
+    before, after = result.before.mean().item(), result.after.mean().item()
+    print(f"mean score {before:.4g} -> {after:.4g} on {len(result.after)} hard-decoded images: {out}/before_after.png")
+
+
+def write_result(result: TTEOResult, folder: Path) -> None:
+    """Write images/*.png, before_after.png (start above, best below), curve.png and scores.json."""
+    for index, image in enumerate(result.images):
+        save_image(image, folder / "images" / f"{index:05d}.png")
+    shown = min(20, len(result.images))
+    pairs = torch.cat([result.start_images[:shown], result.images[:shown]])
+    save_grid(pairs, folder / "before_after.png", columns=shown)
+    _write_curve(result, folder / "curve.png")
+    scores = {
+        "before": result.before.tolist(),
+        "after": result.after.tolist(),
+        "best_step": result.best_step.tolist(),
+        "soft": result.soft_scores.mean(dim=1).tolist(),
+        "hard": result.hard_scores.mean(dim=1).tolist(),
+    }
+    write_json(folder / "scores.json", scores)
+
+
+def _write_curve(result: TTEOResult, path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.2, 3.2), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(result.soft_scores.mean(dim=1).cpu().tolist(), label="soft decoding (climbed)")
+    axes.plot(result.hard_scores.mean(dim=1).cpu().tolist(), label="hard decoding")
+    axes.set_xlabel("step")
+    axes.set_ylabel("mean score")
+    axes.legend(frameon=False)
+    figure.savefig(path)
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command."""
+    run_command(tteo, program=PROGRAM, args=args)
+
+
+if __name__ == "__main__":
+    main()
