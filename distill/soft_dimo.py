@@ -21,7 +21,7 @@ from softgen.pretrained import CONFIG_NAME, resolve_folder
 from softgen.relaxation import decoding_gap, probabilities, sharpness
 from softgen.tokenizers.base import ImageTokenizer
 from softgen.training.optimization import OptimizerConfig, ParameterGroup
-from softgen.training.stage import Stage, check_num_classes
+from softgen.training.stage import Stage, check_images, check_num_classes
 
 _GAP_GROWTH = 1.5
 _R_INIT, _NOISE = 0.6, 0.1  # published
@@ -128,8 +128,12 @@ class SoftDiMO(Stage):
         """The classes must be the teacher's; objectives that look at real images must get some."""
         check_num_classes(data, self.teacher.num_classes)
         for objective in self._objectives():
-            if objective.needs_images and not data.has_images:
+            if not objective.needs_images:
+                continue
+            if not data.has_images:
                 raise ValueError(f"data: expected real images or tokens, since {objective.name} needs them, got none")
+            assert self.tokenizer is not None, "objectives that need images need a tokenizer"
+            check_images(data, self.tokenizer)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One on-policy pass of the student, then every objective on it."""
@@ -137,7 +141,7 @@ class SoftDiMO(Stage):
         objectives = {objective.name: objective for objective in self._objectives()}
         results = {name: objective(state) for name, objective in objectives.items()}
         terms = weigh(results, objectives, state.logits)
-        held = state.step < max(objective.critic_only_steps for objective in objectives.values())
+        held = self._critics_alone(state.step)
         losses: dict[str, Tensor] = {}
         logs: dict[str, Tensor] = {}
         for name, result in results.items():
@@ -170,6 +174,15 @@ class SoftDiMO(Stage):
         if self.teacher.num_classes == 0:
             return self.teacher.encode(torch.zeros(len(batch["ordinal"]), dtype=torch.long, device=self.device))
         return self.teacher.encode(batch["label"])
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """While critics learn alone, the student has no gradient: Adam leaves it and its moments as they are."""
+        if self._critics_alone(self.global_step):
+            for parameter in self.student.parameters():
+                parameter.grad = None
+
+    def _critics_alone(self, step: int) -> bool:
+        return step < max(objective.critic_only_steps for objective in self._objectives())
 
     def parameter_groups(self) -> Iterable[ParameterGroup]:
         """`student`, and one a critic."""
@@ -242,7 +255,7 @@ def _open_student(
     if student is None:
         return OneStepGenerator(copy.deepcopy(teacher), r_init=r_init, noise=noise)
     opened = load_generator(student, key="model.student") if isinstance(student, str) else student
-    for name in ("num_codes", "num_sites", "mask_id"):
+    for name in ("num_codes", "num_sites", "mask_id", "num_classes"):
         expected, got = getattr(teacher, name), getattr(opened.model, name)
         if expected != got:
             raise ValueError(f"model.student.{name}: expected {expected} as the teacher has, got {got}")

@@ -1,36 +1,21 @@
 """What the commands share: one line for a user's mistake, and exit code 2."""
 
 import logging
-import re
+import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-USER_ERRORS = (ValueError, TypeError, FileNotFoundError, NotADirectoryError, PermissionError, ImportError)
+from softgen.messages import locate_unknown_key, one_line
 
-
-def one_line(message: object) -> str:
-    """Fold a message of several lines into one: the key, then the reason.
-
-    jsonargparse reports every branch of a union; the branches that only say that None was possible are left out.
-    """
-    lines = [line.rstrip() for line in str(message).splitlines() if line.strip()]
-    for index, line in enumerate(lines):
-        if "Does not validate against any of the Union subtypes" in line:
-            rest = "\n".join(lines[index + 1 :]).split("\n  Given value type")[0]
-            reasons = re.split(r"^\s+- ", rest, flags=re.MULTILINE)[1:]
-            useful = [reason for reason in reasons if "NoneType" not in reason] or reasons
-            lines = [*lines[:index], *useful[:1]]
-            break
-    text = re.sub(r"\s+", " ", " ".join(lines)).strip()
-    text = re.sub(r'Parser key "([^"]+)": ?', r"\1: ", text)
-    return re.sub(
-        r"Option '([^']+)' is not accepted", r"unknown key: expected an argument of that class, got '\1'", text
-    )
+USER_ERRORS = (ValueError, TypeError, OSError, ImportError, MisconfigurationException)
+TRACEBACK = "SOFTGEN_TRACEBACK"
+"""Set this environment variable to see where an error came from."""
 
 
 def fail(message: object, *, program: str) -> NoReturn:
@@ -43,10 +28,11 @@ class OneLineErrors:
     """Mixin of argument parsers: an error is one line, without the usage."""
 
     program: str
+    words: Sequence[str] = ()
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print one line on stderr and exit with code 2."""
-        fail(message, program=self.program)
+        fail(locate_unknown_key(one_line(message), self.words), program=self.program)
 
 
 class CommandParser(OneLineErrors, ArgumentParser):
@@ -64,6 +50,8 @@ def user_errors(program: str) -> Iterator[None]:
     try:
         yield
     except USER_ERRORS as error:
+        if os.environ.get(TRACEBACK):
+            raise
         fail(error, program=program)
 
 
@@ -86,9 +74,9 @@ def run_command(function: Callable[..., Any], *, program: str, args: list[str] |
     """
     parser = command_parser(function, program=program)
     parsed = parser.parse_args(args)
-    options = parser.instantiate_classes(parsed).as_dict()
-    options.pop("config", None)
     with user_errors(program):
+        options = parser.instantiate_classes(parsed).as_dict()
+        options.pop("config", None)
         function(**options)
 
 

@@ -23,6 +23,15 @@ def mean_over_ranks(x: Tensor) -> Tensor:
     return sum_over_ranks(x) / dist.get_world_size() if _is_parallel() else x
 
 
+def max_over_ranks(x: Tensor) -> Tensor:
+    """The elementwise maximum of `x` over all processes; no gradient flows."""
+    if not _is_parallel():
+        return x
+    largest = x.detach().clone()
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return largest
+
+
 def broadcast_from_rank_zero(x: Tensor) -> Tensor:
     """Rank 0's `x`, on every process; no gradient flows."""
     if not _is_parallel():

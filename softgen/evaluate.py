@@ -16,8 +16,9 @@ from softgen.loading import check_compatible, load_tokenizer
 from softgen.metrics.protocol import Protocol, small_protocol
 from softgen.models.generator import OneStepGenerator
 from softgen.pretrained import Pretrained
-from softgen.sample import backbone_of, best_device, check_positive
+from softgen.sample import backbone_of, check_finite, check_positive, check_writable, choose_device
 from softgen.sampling import HaltonSampler, MaskGITSampler, reveal_counts
+from softgen.training.stage import check_num_classes
 
 PROGRAM = "softgen.evaluate"
 
@@ -83,10 +84,15 @@ def evaluate(
         ValueError: Naming the option, what was expected and what was got.
     """
     n = n or (1797 if data is None and data_name == "digits" else 10_000)
-    check_positive(n=n, batch_size=batch_size)
+    check_positive(n=n, batch_size=batch_size, threads=1 if threads is None else threads)
+    check_finite(temperature=temperature, confidence_noise=confidence_noise)
+    if not steps:
+        raise ValueError("steps: expected at least one number of steps, got none")
+    if out is not None and Path(out).is_dir():
+        raise ValueError(f"out: expected a JSON file, got the folder {out!r}")
     if threads is not None:
         torch.set_num_threads(threads)
-    target = torch.device(device) if device else best_device()
+    target = choose_device(device)
     opened = Pretrained.from_pretrained(model, key="model").to(target)
     backbone = backbone_of(opened, key="model")
     decoder = load_tokenizer(tokenizer if tokenizer is not None else model).to(target)
@@ -106,11 +112,14 @@ def evaluate(
             else:
                 chosen = HaltonSampler(steps=count, guidance=guidance, temperature=temperature)
             sources[f"{sampler}_{count}"] = teacher_tokens(backbone, chosen)
+    if out is not None:
+        check_writable(Path(out).parent)
     protocol = named_protocol(data_name, data_root=data_root, folder=extractor) if data is None else None
     if protocol is None:
         assert data is not None
         if extractor is None:
             raise ValueError("extractor: expected the folder of a classifier to go with data, got none")
+        check_num_classes(data, backbone.num_classes)
         protocol = small_protocol(data, name=Path(extractor).name, epochs=8, folder=extractor)
     rows = []
     labels = balanced_labels(n, num_classes=backbone.num_classes)

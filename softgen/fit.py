@@ -22,6 +22,7 @@ from softgen.callbacks import (
     read_checkpoint,
 )
 from softgen.cli import OneLineErrors, quiet_lightning, user_errors
+from softgen.data.base import ImageDataModule
 from softgen.pretrained import check_keys
 from softgen.training.stage import Stage
 
@@ -68,8 +69,8 @@ class StageCLI(LightningCLI):
             if config.threads < 1:
                 raise ValueError(f"threads: expected at least 1, got {config.threads}")
             torch.set_num_threads(config.threads)
-        if config.seed < 0:
-            raise ValueError(f"seed: expected at least 0, got {config.seed}")
+        if not 0 <= config.seed < 2**32:
+            raise ValueError(f"seed: expected a number from 0 to 2^32 - 1, got {config.seed}")
         seed_everything(config.seed, workers=True, verbose=False)
 
     def _parse_ckpt_path(self) -> None:
@@ -90,10 +91,13 @@ class StageCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """A checkpoint is looked at before anything is built."""
         options = self._options()
-        if options.get("ckpt_path") is None:
+        fitting = self.config["subcommand"] == "fit"
+        if options.get("ckpt_path") is None and fitting:
             return
-        if options.ckpt_path == "last":
+        if options.get("ckpt_path") in (None, "last"):
             found = latest_checkpoint(options.run_dir)
+            if found is None and not fitting:
+                raise ValueError(f"ckpt_path: expected a checkpoint, got none in {options.run_dir}")
             options.ckpt_path = str(found) if found is not None else None
             note = f"resuming from {found}" if found is not None else "no checkpoint yet, starting anew"
             print(f"{PROGRAM}: {note}", file=sys.stderr)
@@ -103,6 +107,9 @@ class StageCLI(LightningCLI):
     def after_instantiate_classes(self) -> None:
         """Refuse a checkpoint of another model, and data of another kind, before any work."""
         assert isinstance(self.model, Stage)
+        if not isinstance(self.datamodule, ImageDataModule):
+            raise ValueError(f"data: expected an ImageDataModule, got {type(self.datamodule).__name__}")
+        self.model.check_data(self.datamodule)
         if self._checkpoint_weights is not None:
             check_keys(self.model.state_dict(), self._checkpoint_weights, key="ckpt_path")
             self._options().weights_only = True
@@ -126,6 +133,7 @@ def main(args: list[str] | None = None, *, cli_class: type[StageCLI] = StageCLI)
     if not words or words[0] not in cli_class.subcommands():
         words.insert(0, "fit")
     quiet_lightning()
+    StageParser.words = words
     with user_errors(PROGRAM):
         return cli_class(
             Stage,

@@ -1,5 +1,7 @@
 """Classifier-free guidance (arXiv 2207.12598) of masked diffusion models."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,7 @@ def check_guidance(model: MaskedDiffusionModel, scale: float, *, key: str = "gui
     Raises:
         ValueError: If the scale is negative, or other than 1 for a model without a null condition.
     """
-    if not scale >= 0:
+    if not 0 <= scale < math.inf:
         raise ValueError(f"{key}: expected a scale of at least 0 (1 turns guidance off), got {scale}")
     if scale != 1 and not model.has_null_condition:
         raise ValueError(f"{key}: expected 1, since this model has no null condition, got {scale}")

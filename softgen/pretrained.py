@@ -28,6 +28,9 @@ class Pretrained(nn.Module):
 
     config: dict[str, Any]
 
+    def on_weights_averaged(self) -> None:
+        """Called after the weights were replaced by an average: restore what averaging breaks."""
+
     def save_pretrained(self, folder: str | Path, *, tokenizer: "Pretrained | None" = None) -> None:
         """Write config.json and model.safetensors, all of it or nothing.
 
@@ -40,8 +43,7 @@ class Pretrained(nn.Module):
             ValueError: If the folder exists and is something else.
         """
         target = Path(folder)
-        if target.exists() and not (target / CONFIG_NAME).exists() and not _is_empty(target):
-            raise ValueError(f"save_pretrained: expected {target} to be new or a saved module, got something else")
+        check_target(target)
         target.parent.mkdir(parents=True, exist_ok=True)
         scratch = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}"
         try:
@@ -133,6 +135,8 @@ def read_config(folder: Path, *, key: str) -> dict[str, Any]:
         raise ValueError(f"{key}: expected valid JSON in {path}, got {error}") from error
     if not isinstance(config, dict) or "class_path" not in config:
         raise ValueError(f"{key}: expected {path} to name a class_path, got a config of another project")
+    if config.get("softgen_format", _FORMAT) != _FORMAT:
+        raise ValueError(f"{key}: expected softgen_format {_FORMAT} in {path}, got {config['softgen_format']}")
     return config
 
 
@@ -148,6 +152,9 @@ def load_weights(module: nn.Module, path: Path, *, key: str) -> None:
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{key}: expected a whole safetensors file, got {path} ({error})") from error
     check_keys(module.state_dict(), weights, key=f"{key} ({path})")
+    for name, value in weights.items():
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            raise ValueError(f"{key}: expected finite weights in {path}, got NaN or infinity in {name!r}")
     module.load_state_dict(weights)
 
 
@@ -179,6 +186,16 @@ def _write(module: Pretrained, folder: Path) -> None:
     # Clones: tied tensors share storage, which safetensors refuses.
     weights = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in module.state_dict().items()}
     save_file(weights, folder / WEIGHTS_NAME)
+
+
+def check_target(folder: Path) -> None:
+    """Refuse to overwrite what is no saved module.
+
+    Raises:
+        ValueError: If the folder exists and is something else.
+    """
+    if folder.exists() and not (folder / CONFIG_NAME).exists() and not _is_empty(folder):
+        raise ValueError(f"save_pretrained: expected {folder} to be new or a saved module, got something else")
 
 
 def _is_empty(path: Path) -> bool:

@@ -26,6 +26,7 @@ from softgen.metrics.protocol import Protocol
 from softgen.models.base import MaskedDiffusionModel
 from softgen.recipes import Recipe, find_recipe
 from softgen.report import Figure, Section, TableRow, write_report
+from softgen.sample import check_positive, check_writable
 from softgen.sampling import MaskGITSampler
 from softgen.tokenizers.base import ImageTokenizer
 
@@ -95,8 +96,10 @@ def quickstart(
     Raises:
         ValueError: Naming the option, what was expected and what was got.
     """
-    if threads < 1:
-        raise ValueError(f"threads: expected at least 1, got {threads}")
+    check_positive(threads=threads, n=n or 1)
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed: expected a number from 0 to 2^32 - 1, got {seed}")
+    check_writable(Path(out))
     recipe = find_recipe(data)
     start = time.perf_counter()
     torch.set_num_threads(threads)

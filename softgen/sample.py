@@ -1,5 +1,7 @@
 """Write images from a teacher or a one-step generator: `python -m softgen.sample --model runs/digits/3_dimo/model`."""
 
+import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -64,9 +66,8 @@ def sample(
         ValueError: Naming the option, what was expected and what was got.
     """
     check_positive(n=n, batch_size=batch_size, columns=columns)
-    if not temperature >= 0:
-        raise ValueError(f"temperature: expected a number of at least 0, got {temperature}")
-    target = torch.device(device) if device else best_device()
+    check_finite(temperature=temperature, confidence_noise=confidence_noise)
+    target = choose_device(device)
     opened = Pretrained.from_pretrained(model, key="model").to(target)
     decoder = load_tokenizer(tokenizer if tokenizer is not None else model).to(target)
     backbone = backbone_of(opened, key="model")
@@ -89,6 +90,7 @@ def sample(
         )
         tokens_of = teacher_tokens(backbone, chosen)
     wanted = wanted_labels(labels, n=n, num_classes=backbone.num_classes)
+    check_writable(Path(out))
     result = generate(tokens_of, decoder, wanted, seed=seed, batch_size=batch_size, progress="sampling")
     _write(result.images, Path(out), columns=columns, save_images=save_images)
     print(f"{n} images in {result.seconds:.2f} s of sampling: {Path(out) / 'grid.png'}")
@@ -120,6 +122,47 @@ def backbone_of(opened: Pretrained, *, key: str) -> MaskedDiffusionModel:
     if not isinstance(backbone, MaskedDiffusionModel):
         raise ValueError(f"{key}: expected a teacher or a one-step generator, got a {type(opened).__name__}")
     return backbone
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device of that name, or the best one present.
+
+    Raises:
+        ValueError: If torch does not know it, or it is not there.
+    """
+    if name is None:
+        return best_device()
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).sum().item()
+    except (RuntimeError, NotImplementedError, AssertionError) as error:
+        raise ValueError(f"device: expected a device that is present, got {name!r}") from error
+    return device
+
+
+def check_finite(**numbers: float) -> None:
+    """Refuse numbers below 0, NaN and infinity.
+
+    Raises:
+        ValueError: Naming the first.
+    """
+    for name, value in numbers.items():
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name}: expected a finite number of at least 0, got {value}")
+
+
+def check_writable(folder: Path) -> None:
+    """Refuse, before any work, a folder that cannot be made or written to.
+
+    Raises:
+        ValueError: Naming the folder.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"out: expected a folder that can be written to, got {str(folder)!r}") from error
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"out: expected a folder that can be written to, got {str(folder)!r}")
 
 
 def best_device() -> torch.device:

@@ -7,11 +7,12 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from distill import DiMO, SoftDiMO
-from softgen import load_generator
+from softgen import load_generator, load_tokenizer
 from softgen.callbacks import ExportModel, StudentEMA
-from softgen.data import Labels
+from softgen.data import Digits, Labels
 from softgen.models import MaskedTransformer
-from softgen.training import OptimizerConfig
+from softgen.tokenizers import ConvVQTokenizer
+from softgen.training import OptimizerConfig, TokenizerTraining
 
 
 def _module() -> SoftDiMO:
@@ -121,6 +122,34 @@ def test_clipping_is_by_group() -> None:
     assert clipped.keys() == {"student", "auxiliary"}
     for norm in clipped.values():
         assert norm == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_student_stands_still_while_critics_learn_alone() -> None:
+    module = _module()
+    objective = next(iter(module.objectives))
+    objective.critic_only_steps = 3  # type: ignore[assignment]
+    start = module.student.model.state_dict()["head.weight"].clone()
+    recorder = _Recorder()
+    _trainer(recorder, steps=5).fit(module, datamodule=_data())
+    assert all(torch.equal(head, start) for head in recorder.heads[:3])
+    first_step = (recorder.heads[3] - start).abs().max().item()
+    assert 0 < first_step <= 1.001e-2  # Adam's first step is at most lr: no moments were gathered before
+
+
+def test_averaged_codes_are_unit_vectors(tmp_path: Path) -> None:
+    tokenizer = ConvVQTokenizer(image_size=8, num_codes=16, code_dim=4, channels=[8, 8])
+    module = TokenizerTraining(tokenizer=tokenizer, warmup_steps=1, optimizer=OptimizerConfig(lr=1e-2))
+    trainer = _trainer(StudentEMA(decay=0.9), ExportModel(run_dir=str(tmp_path)), steps=6)
+    trainer.fit(module, datamodule=Digits(batch_size=64))
+    codes = load_tokenizer(tmp_path / "model").codebook
+    torch.testing.assert_close(codes.norm(dim=-1), torch.ones(16), atol=1e-6, rtol=0)
+
+
+def test_nothing_trained_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+    module = _module()
+    with pytest.warns(UserWarning, match="Nothing was trained"):
+        _trainer(ExportModel(run_dir=str(tmp_path)), steps=0).fit(module, datamodule=_data())
+    assert not (tmp_path / "model").exists()
 
 
 def test_decay_outside_its_range() -> None:

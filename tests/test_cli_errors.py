@@ -74,12 +74,12 @@ def test_fit_options(fails: Fails) -> None:
     assert fails(fit, ["--nonsense=3"]) == "unrecognized arguments: --nonsense=3"
     assert "'nope.yaml'" in fails(fit, ["--config=nope.yaml"]) or "nope.yaml" in fails(fit, ["--config=nope.yaml"])
     unknown = fails(fit, [*TOKENIZER, "--model.init_args.bogus=1"])
-    assert unknown == "unknown key: expected an argument of that class, got 'bogus'"
+    assert unknown == "model.init_args.bogus: unknown key: expected an argument of that class, got 'bogus'"
     assert fails(fit, [*TOKENIZER, "--model.init_args.optimizer.lr=-1"]) == (
         "model.optimizer.lr: expected a number of at least 0, got -1.0"
     )
     assert "trainer.max_steps" in fails(fit, [*TOKENIZER, "--trainer.max_steps=many"])
-    assert fails(fit, [*TOKENIZER, "--seed=-4"]) == "seed: expected at least 0, got -4"
+    assert fails(fit, [*TOKENIZER, "--seed=-4"]) == "seed: expected a number from 0 to 2^32 - 1, got -4"
     assert fails(fit, [*TOKENIZER, "--threads=0"]) == "threads: expected at least 1, got 0"
     assert fails(fit, [*TOKENIZER, "--data.init_args.batch_size=0"]) == ("data.batch_size: expected at least 1, got 0")
 
@@ -87,6 +87,13 @@ def test_fit_options(fails: Fails) -> None:
 def test_unknown_key_in_a_file(fails: Fails, tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text("trainerz:\n  max_steps: 3\n")
     assert "trainerz" in fails(fit, ["--config=bad.yaml"])
+    (tmp_path / "nested.yaml").write_text(
+        "model:\n  class_path: softgen.training.TokenizerTraining\n  init_args:\n    warmup_stepz: 3\n"
+    )
+    assert fails(fit, ["--config=nested.yaml"]) == (
+        "model.init_args.warmup_stepz (in nested.yaml): unknown key: expected an argument of that class, "
+        "got 'warmup_stepz'"
+    )
 
 
 def test_tokenizer_and_model_disagree(fails: Fails, teacher: str) -> None:
@@ -163,12 +170,9 @@ def test_checkpoint_of_another_model(fails: Fails, tmp_path: Path) -> None:
     assert not Path("wider").exists()
 
 
-def test_not_a_finite_loss(fails: Fails, tmp_path: Path) -> None:
-    bad = MaskedTransformer(**TEACHER)
-    with torch.no_grad():
-        bad.head.bias.fill_(float("nan"))
-    bad.save_pretrained(tmp_path / "bad")
-    assert fails(fit, _distill(str(tmp_path / "bad"), "--run_dir=run")) == (
+def test_not_a_finite_loss(fails: Fails, teacher: str) -> None:
+    objectives = "--model.init_args.objectives=[{class_path: distill.DiMO, init_args: {teacher_temperature: 1.0e-42}}]"
+    assert fails(fit, _distill(teacher, objectives, "--run_dir=run")) == (
         "dimo: expected a finite loss, got NaN or infinity at step 1"
     )
     assert not list(Path("run").rglob("*.ckpt"))

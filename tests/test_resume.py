@@ -192,8 +192,12 @@ def test_second_run_in_the_same_folder(tmp_path: Path) -> None:
     _fit(options, tmp_path / "run")
     first = load_file(tmp_path / "run/model/model.safetensors")
 
-    _fit(options, tmp_path / "run", "--seed=6")
+    with pytest.warns(UserWarning, match="held checkpoints of an earlier run"):
+        _fit(options, tmp_path / "run", "--seed=6", "--trainer.max_steps=8")
 
+    aside = tmp_path / "run/checkpoints_before_1"
+    assert sorted(path.name for path in aside.iterdir()) == ["step_00000015.ckpt", "step_00000017.ckpt"]
+    assert latest_checkpoint(tmp_path / "run") == tmp_path / "run/checkpoints/step_00000008.ckpt"
     second = load_file(tmp_path / "run/model/model.safetensors")
     assert not torch.equal(first["model.head.weight"], second["model.head.weight"])
 

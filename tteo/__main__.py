@@ -9,7 +9,7 @@ from softgen.cli import run_command
 from softgen.evaluate import write_json
 from softgen.images import save_grid, save_image
 from softgen.loading import load_generator, load_tokenizer
-from softgen.sample import best_device
+from softgen.sample import check_writable, choose_device
 from tteo.optimize import TTEOSettings, optimize
 from tteo.result import TTEOResult
 
@@ -43,7 +43,8 @@ def tteo(
         ValueError: Naming the option, what was expected and what was got.
     """
     settings.check()
-    target = torch.device(device) if device else best_device()
+    target = choose_device(device)
+    check_writable(Path(out))
     model = load_generator(generator).to(target)
     decoder = load_tokenizer(tokenizer if tokenizer is not None else generator).to(target)
     labels = torch.tensor(label, dtype=torch.long)

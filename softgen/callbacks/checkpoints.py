@@ -1,6 +1,8 @@
 """Checkpoints to resume from: written whole or not at all, the last few kept."""
 
+import itertools
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 PATTERN = "step_*.ckpt"
 
@@ -16,7 +19,8 @@ class ResumeCheckpoint(Checkpoint):
     """Writes `<run_dir>/checkpoints/step_00000123.ckpt` every n optimizer steps and at the last one.
 
     A checkpoint is written under another name, flushed to disk and renamed, and older ones go only after that:
-    a run killed at any moment has a checkpoint that loads.
+    a run killed at any moment has a checkpoint that loads. A run that starts anew in a used folder sets the earlier
+    run's checkpoints aside, as `checkpoints_before_1` and so on.
 
     Args:
         run_dir: The run's folder.
@@ -34,13 +38,24 @@ class ResumeCheckpoint(Checkpoint):
         self._last_step = -1
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Do not write again the checkpoint that was just loaded."""
+        """Do not write again the checkpoint that was just loaded; set those of an earlier run aside."""
         self._last_step = trainer.global_step
+        if trainer.global_step == 0 and trainer.is_global_zero and any(self.folder.glob(PATTERN)):
+            aside = next(
+                path
+                for path in (self.folder.with_name(f"checkpoints_before_{n}") for n in itertools.count(1))
+                if not path.exists()
+            )
+            self.folder.rename(aside)
+            rank_zero_warn(f"{self.folder} held checkpoints of an earlier run: they are in {aside} now")
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Write when it is time."""
+        """Write when it is time, and before a run ends early (a time limit, or SIGTERM)."""
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
         step = trainer.global_step
-        due = step % self.every_n_steps == 0 or step == trainer.estimated_stepping_batches
+        ending = step == trainer.estimated_stepping_batches or trainer.should_stop or trainer.received_sigterm
+        due = step % self.every_n_steps == 0 or ending
         if due and step != self._last_step:
             self._last_step = step
             self._write(trainer, self.folder / f"step_{step:08d}.ckpt")
@@ -55,7 +70,13 @@ class ResumeCheckpoint(Checkpoint):
                 os.fsync(file.fileno())
         os.replace(scratch, target)
         for old in sorted(self.folder.glob(PATTERN))[: -self.keep]:
-            old.unlink()
+            if old != target:
+                old.unlink()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Say how to go on after Ctrl-C or SIGTERM."""
+        if isinstance(exception, (KeyboardInterrupt, SIGTERMException)) and trainer.is_global_zero:
+            print(f"interrupted at step {trainer.global_step}; go on with --ckpt_path last", file=sys.stderr)
 
 
 def checkpoint_folder(run_dir: str | Path) -> Path:

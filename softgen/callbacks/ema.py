@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor, nn
+from torch import Tensor
 
+from softgen.pretrained import Pretrained
 from softgen.training.stage import Stage
 
 
@@ -67,6 +68,7 @@ class StudentEMA(Callback):
         live = _floating(pl_module)
         self._raw = {name: value.detach().clone() for name, value in live.items()}
         _copy_into(live, self._average)
+        _product(pl_module).on_weights_averaged()
 
     def _swap_out(self, pl_module: LightningModule) -> None:
         if self._raw is not None:
@@ -119,7 +121,7 @@ class StudentEMA(Callback):
         self._average = dict(state_dict["average"])
 
 
-def _product(pl_module: LightningModule) -> nn.Module:
+def _product(pl_module: LightningModule) -> Pretrained:
     assert isinstance(pl_module, Stage)
     return pl_module.product
 

@@ -6,6 +6,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from softgen.distributed import max_over_ranks
 from softgen.training.stage import Stage
 
 
@@ -46,7 +47,9 @@ class StopOnNonFinite(Callback):
         self._look()
 
     def _look(self) -> None:
-        bad = {name: int(step) for name, step in self._first_bad.items() if int(step) >= 0}
+        # Over all processes: a loss that is broken on one of them stops them all, instead of leaving them waiting.
+        worst = {name: max_over_ranks(step) for name, step in self._first_bad.items()}
+        bad = {name: int(step) for name, step in worst.items() if int(step) >= 0}
         if bad:
             name, step = min(bad.items(), key=lambda item: item[1])
             raise ValueError(f"{name}: expected a finite loss, got NaN or infinity at step {step}")

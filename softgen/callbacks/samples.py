@@ -18,6 +18,8 @@ class SampleGrid(Callback):
     """
 
     def __init__(self, *, run_dir: str, columns: int = 16) -> None:
+        if columns < 1:
+            raise ValueError(f"samples.columns: expected at least 1, got {columns}")
         self.folder = Path(run_dir) / "samples"
         self.columns = columns
 

@@ -59,12 +59,12 @@ class ImageFileSource:
 
 
 def is_readable_image(path: Path) -> bool:
-    """Whether the file opens as an image and passes its format's own check."""
+    """Whether the file opens as an image and all of it can be decoded (a truncated jpeg is found only so)."""
     from PIL import Image
 
     try:
         with Image.open(path) as image:
-            image.verify()
+            image.load()
     except (OSError, SyntaxError, ValueError):  # PIL reports a broken png by SyntaxError
         return False
     return True

@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from softgen.relaxation import expected_embedding
+from softgen.relaxation import expected_embedding, widen
 from softgen.tokenizers.base import ImageTokenizer
 from softgen.tokenizers.codebook import EMACodebook
 
@@ -82,11 +83,16 @@ class ConvVQTokenizer(ImageTokenizer):
         """Unit code vectors (K, D)."""
         return self.quantizer.codes
 
+    @torch.no_grad()
+    def on_weights_averaged(self) -> None:
+        """Codes are unit vectors again."""
+        self.quantizer.codes.copy_(F.normalize(self.quantizer.codes, dim=-1))
+
     def latents(self, images: Tensor) -> Tensor:
         """Unit latents (B, N, D), row-major over the grid."""
         self.check_images(images)
         encoded = self.encoder(2 * images - 1).flatten(2).transpose(1, 2)
-        return F.normalize(encoded.float(), dim=-1)
+        return F.normalize(widen(encoded), dim=-1)
 
     def quantize(self, latents: Tensor) -> Tensor:
         """See the base class."""

@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from softgen.data.base import Batch, ImageDataModule
+from softgen.data.token_cache import TokenCache
 from softgen.pretrained import Pretrained, fingerprint
 from softgen.random import SampleRandom, derive_seed
 from softgen.tokenizers.base import ImageTokenizer
@@ -52,6 +53,9 @@ class Stage(LightningModule, ABC):
 
     def setup(self, stage: str) -> None:
         """Refuse data that does not go with the models, before any work."""
+        clip = self.trainer.gradient_clip_val
+        if clip is not None and not clip >= 0:
+            raise ValueError(f"trainer.gradient_clip_val: expected a number of at least 0, got {clip}")
         data = getattr(self.trainer, "datamodule", None)
         if isinstance(data, ImageDataModule):
             self.check_data(data)
@@ -107,20 +111,21 @@ class Stage(LightningModule, ABC):
         groups = list(self.parameter_groups())
         # The fused kernel unscales gradients itself, after our clipping: not with a gradient scaler.
         optimizer = build_optimizer(groups, fused=self.trainer.precision != "16-mixed")
-        total_steps = self._total_steps()
+        total_steps = self._total_steps(groups)
         by_name = {group.name: lr_factor(group.config, total_steps=total_steps) for group in groups}
         factors = [by_name[param_group["name"]] for param_group in optimizer.param_groups]
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def _total_steps(self) -> int:
+    def _total_steps(self, groups: Iterable[ParameterGroup]) -> int:
         total = self.trainer.estimated_stepping_batches
         if math.isinf(total):
-            if self.optimizer_config.decay != "constant":
-                raise ValueError(
-                    "trainer.max_steps: expected a number of steps, since model.optimizer.decay is "
-                    f"{self.optimizer_config.decay}, got none"
-                )
+            for group in groups:
+                if group.config.decay != "constant":
+                    raise ValueError(
+                        f"trainer.max_steps: expected a number of steps, since the decay of {group.name} is "
+                        f"{group.config.decay}, got none"
+                    )
             return 1
         return int(total)
 
@@ -159,6 +164,19 @@ class Stage(LightningModule, ABC):
                 raise ValueError(
                     f"model.{name}: expected the {name} that the checkpoint was trained with ({expected}), got {got}"
                 )
+
+
+def check_images(data: ImageDataModule, tokenizer: ImageTokenizer) -> None:
+    """Raise ValueError unless the data has images of the tokenizer's size, or tokens that it made."""
+    if not data.has_images:
+        raise ValueError("data: expected images or tokens, got labels alone")
+    if not isinstance(data, TokenCache):
+        check_image_size(data, tokenizer)
+    elif data.tokenizer_fingerprint != fingerprint(tokenizer):
+        raise ValueError(
+            f"data.root: expected tokens of the tokenizer {fingerprint(tokenizer)}, "
+            f"got tokens of {data.tokenizer_fingerprint} in {data.root}"
+        )
 
 
 def check_image_size(data: ImageDataModule, tokenizer: ImageTokenizer) -> None:

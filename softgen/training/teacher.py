@@ -1,27 +1,29 @@
 """Stage 2: train a masked diffusion teacher on the codes of a tokenizer."""
 
+import sys
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from softgen.data.base import Batch, ImageDataModule
-from softgen.data.token_cache import TokenCache
 from softgen.distributed import masked_mean
 from softgen.loading import check_compatible, load_tokenizer
 from softgen.masking import MaskLaw, draw_mask_ratio, exact_mask, mask_counts
 from softgen.models.base import MaskedDiffusionModel
 from softgen.models.conditions import Condition
-from softgen.pretrained import Pretrained, fingerprint
-from softgen.random import SampleRandom
+from softgen.pretrained import Pretrained
+from softgen.random import SampleRandom, derive_seed
 from softgen.relaxation import Distance, auto_two_tau_squared, neighbour_distribution, perplexity
 from softgen.sampling import MaskGITSampler
 from softgen.tokenizers.base import ImageTokenizer
 from softgen.training.optimization import OptimizerConfig
-from softgen.training.stage import Stage, check_image_size, check_num_classes
+from softgen.training.stage import Stage, check_images, check_num_classes
 from softgen.training.targets import Target, check_target, hard_cross_entropy, neighbour_cross_entropy_dense
+
+_TAU_IMAGES, _TAU_LATENTS = 256, 4096  # that the automatic 2 tau^2 is measured on
 
 
 @dataclass(frozen=True)
@@ -108,13 +110,7 @@ class TeacherTraining(Stage):
     def check_data(self, data: ImageDataModule) -> None:
         """Images, classes and stored tokens must be those of tokenizer and model."""
         check_num_classes(data, self.model.num_classes)
-        if not isinstance(data, TokenCache):
-            check_image_size(data, self.tokenizer)
-        elif data.tokenizer_fingerprint != fingerprint(self.tokenizer):
-            raise ValueError(
-                f"data.root: expected tokens of the tokenizer {fingerprint(self.tokenizer)}, "
-                f"got tokens of {data.tokenizer_fingerprint} in {data.root}"
-            )
+        check_images(data, self.tokenizer)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Tokenise, mask, predict the masked sites."""
@@ -166,21 +162,26 @@ class TeacherTraining(Stage):
         """Settle 2 tau^2 on the first latents where it is `auto`, and report the perplexity of q."""
         if self.target != "snce":
             return
-        assert self.trainer.datamodule is not None  # type: ignore[attr-defined]
+        if getattr(self.trainer, "datamodule", None) is None:
+            raise ValueError("data: expected a data module, which 2 tau^2 is measured on, got bare loaders")
         source = self.trainer.datamodule.train_source()  # type: ignore[attr-defined]
-        batch = {name: value.to(self.device) for name, value in source.fetch(range(min(256, len(source)))).items()}
+        # The same images and sites on every process, and whatever the order of the data.
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, "two_tau_squared"))
+        images = torch.randperm(len(source), generator=generator)[:_TAU_IMAGES].tolist()
+        batch = {name: value.to(self.device) for name, value in source.fetch(images).items()}
         latents = self._tokenise(batch).latents
         assert latents is not None
-        flat, codebook = latents.flatten(0, 1)[:4096], self.tokenizer.codebook
+        flat, codebook = latents.flatten(0, 1), self.tokenizer.codebook
+        flat = flat[torch.randperm(len(flat), generator=generator)[:_TAU_LATENTS].to(flat.device)]
         if self.two_tau_squared == "auto":
             self.two_tau_squared = auto_two_tau_squared(flat, codebook, distance=self.snce_distance)
         spread = perplexity(
             neighbour_distribution(flat, codebook, two_tau_squared=self.two_tau_squared, distance=self.snce_distance)
         )
         mean, median = spread.mean().item(), spread.median().item()
-        rank_zero_info(
-            f"SNCE: 2 tau^2 = {self.two_tau_squared:.4g}, perplexity of q: median {median:.1f}, mean {mean:.1f}"
-        )
+        if self.trainer.is_global_zero:
+            tau = f"2 tau^2 = {self.two_tau_squared:.4g}"
+            print(f"SNCE: {tau}, perplexity of q: median {median:.1f}, mean {mean:.1f}", file=sys.stderr)
         if mean > self.tokenizer.num_codes / 10 or median < 1.2:
             rank_zero_warn(
                 f"SNCE: the neighbour distribution is extreme (mean perplexity {mean:.1f}); see two_tau_squared"

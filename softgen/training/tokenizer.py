@@ -1,10 +1,14 @@
 """Stage 1: train an image tokenizer."""
 
+from typing import Any
+
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.nn import functional as F
 
 from softgen.data.base import Batch, ImageDataModule
+from softgen.data.token_cache import TokenCache
 from softgen.distributed import sum_over_ranks
 from softgen.pretrained import Pretrained
 from softgen.random import SampleRandom
@@ -45,7 +49,12 @@ class TokenizerTraining(Stage):
                 raise ValueError(f"model.{name}: expected a number of at least 0, got {value}")
         if not 0 <= codebook_decay < 1:
             raise ValueError(f"model.codebook_decay: expected a number in [0, 1), got {codebook_decay}")
+        if warmup_steps < 0:
+            raise ValueError(f"model.warmup_steps: expected at least 0, got {warmup_steps}")
+        if not 0 <= dead_below < 1:
+            raise ValueError(f"model.dead_below: expected a number in [0, 1), got {dead_below}")
         self.tokenizer = tokenizer
+        self._codes_started = False
         self.warmup_steps = warmup_steps
         self.l1_weight = l1_weight
         self.commitment_weight = commitment_weight
@@ -59,6 +68,8 @@ class TokenizerTraining(Stage):
 
     def check_data(self, data: ImageDataModule) -> None:
         """Images must have the tokenizer's size."""
+        if not data.has_images or isinstance(data, TokenCache):
+            raise ValueError(f"data: expected images, got {type(data).__name__}")
         check_image_size(data, self.tokenizer)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -69,7 +80,8 @@ class TokenizerTraining(Stage):
             return self.report(batch, self._reconstruction_losses(latents, images), {})
         flat = latents.detach().flatten(0, 1)
         noise = self.noise(batch, "codebook")
-        if self.global_step == self.warmup_steps:
+        if not self._codes_started:
+            self._codes_started = True
             self.tokenizer.quantizer.reset_to(_pick(flat, self.tokenizer.num_codes, noise))
         tokens = self.tokenizer.quantize(latents.detach())
         codes = self.tokenizer.codebook[tokens]
@@ -84,6 +96,24 @@ class TokenizerTraining(Stage):
         )
         logs = {"codebook_used": usage.used, "perplexity": usage.perplexity, "revived": usage.revived.float()}
         return self.report(batch, losses, logs)
+
+    def on_fit_start(self) -> None:
+        """Warn of a run that ends before it quantises anything."""
+        if self.trainer.estimated_stepping_batches <= self.warmup_steps:
+            rank_zero_warn(
+                f"model.warmup_steps: {self.warmup_steps} steps without quantisation fill the whole run; "
+                "its codes will be random"
+            )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep whether the codes have started."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["codes_started"] = self._codes_started
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore whether the codes have started."""
+        super().on_load_checkpoint(checkpoint)
+        self._codes_started = bool(checkpoint.get("codes_started", False))
 
     def _reconstruction_losses(self, embeddings: Tensor, images: Tensor) -> dict[str, Tensor]:
         decoded = self.tokenizer.decode_raw(embeddings)
