@@ -44,6 +44,7 @@ def benchmark(
     processes: int = 2,
     ablation_steps: int = 500,
     throughput_batch: int = 256,
+    note: str = "",
 ) -> None:
     """Run the pipeline for each seed, the initialisation ablation and the throughput, and write the tables.
 
@@ -55,6 +56,7 @@ def benchmark(
         processes: Pipelines side by side.
         ablation_steps: Steps of both arms of the ablation of r_init; 0 leaves it out.
         throughput_batch: Images a pass in the comparison of speeds.
+        note: What else a reader must know of these runs; goes into the table.
     """
     recipe, root = find_recipe(data), Path(out) / data
     with ThreadPoolExecutor(processes) as pool:
@@ -78,6 +80,7 @@ def benchmark(
     content = {
         "command": f"python benchmarks/dimo.py --data {data}",
         "data": data,
+        "note": note,
         "seeds": seeds,
         "protocol": runs[0]["protocol"],
         "guidance": runs[0]["guidance"],
@@ -224,23 +227,25 @@ def _markdown(content: dict[str, Any]) -> str:
         f"{row['student_ms']:.0f} | {row['speed_up']:.1f} x | {row['speed_up_by_pass_saved']:.2f} |"
         for row in content["throughput"]
     ]
-    timed = [run for run in runs if not run.get("resumed")]
+    lines += ["", _times(runs), *([content["note"]] if content["note"] else []), ""]
     lines += [
-        "",
-        "Wall time of an uninterrupted pipeline on one thread, two side by side on 2 cores: "
-        + "; ".join(
-            f"seed {run['seed']} {run['wall_seconds']:.0f} s "
-            f"({', '.join(f'{name} {value:.0f}' for name, value in run['stage_seconds'].items())})"
-            for run in timed
-        )
-        + ".",
-        "",
         f"![samples](dimo_{content['data']}.png)",
         "",
         "Rows of the picture: one-step student (3 rows), teacher in one pass (3 rows), teacher in 8 passes (3 rows).",
         "",
     ]
     return "\n".join(lines)
+
+
+def _times(runs: Sequence[dict[str, Any]]) -> str:
+    """Wall times of what was run without a break; a stage that was resumed has none."""
+    parts = []
+    for run in runs:
+        resumed = run.get("resumed", [])
+        stages = [f"{name} {value:.0f} s" for name, value in run["stage_seconds"].items() if name not in resumed]
+        whole = "" if resumed else f", {run['wall_seconds']:.0f} s with sampling and scoring"
+        parts.append(f"seed {run['seed']}: {', '.join(stages)}{whole}")
+    return f"Wall time on one thread, beside other work on 2 cores: {'; '.join(parts)}."
 
 
 def _ablation_lines(arms: Sequence[dict[str, Any]]) -> list[str]:
