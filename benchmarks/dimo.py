@@ -198,8 +198,8 @@ def _markdown(content: dict[str, Any]) -> str:
         f"# Di[M]O on {content['data']}",
         "",
         f"`{content['command']}`. {content['protocol']}: Frechet distance on {n:,} images; guidance "
-        f"{content['guidance']:g} for the teacher, as in the distillation; seeds {', '.join(map(str, seeds))}, each a "
-        "pipeline of its own (tokenizer, teacher, student). Lower is better.",
+        f"{content['guidance']:g} for the teacher, as in the distillation; seeds {', '.join(map(str, seeds))}, each "
+        "with a pipeline of its own. Lower is better.",
         "",
         "| row | " + " | ".join(f"seed {seed}" for seed in seeds) + " | mean | accuracy | precision | recall |",
         "|---|" + "---|" * (len(seeds) + 4),
