@@ -3,6 +3,7 @@
 `fit` is understood when no subcommand is given; `validate`, `test` and `predict` are the others.
 """
 
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from softgen.callbacks import (
     ExportModel,
@@ -134,25 +136,29 @@ def main(args: list[str] | None = None, *, cli_class: type[StageCLI] = StageCLI)
         words.insert(0, "fit")
     quiet_lightning()
     StageParser.words = words
-    with user_errors(PROGRAM):
-        return cli_class(
-            Stage,
-            LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            parser_class=StageParser,
-            save_config_kwargs={"overwrite": True},
-            auto_configure_optimizers=False,
-            seed_everything_default=False,
-            load_from_checkpoint_support=False,
-            trainer_defaults={
-                "use_distributed_sampler": False,
-                "enable_model_summary": False,
-                "num_sanity_val_steps": 0,
-                "callbacks": [StopOnNonFinite(), StepProgress()],
-            },
-            args=words,
-        )
+    try:
+        with user_errors(PROGRAM):
+            return cli_class(
+                Stage,
+                LightningDataModule,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                parser_class=StageParser,
+                save_config_kwargs={"overwrite": True},
+                auto_configure_optimizers=False,
+                seed_everything_default=False,
+                load_from_checkpoint_support=False,
+                trainer_defaults={
+                    "use_distributed_sampler": False,
+                    "enable_model_summary": False,
+                    "num_sanity_val_steps": 0,
+                    "callbacks": [StopOnNonFinite(), StepProgress()],
+                },
+                args=words,
+            )
+    except SIGTERMException as stopped:
+        # Lightning would leave with code 0; whoever waits for this command must not go on to the next stage.
+        raise SystemExit(128 + signal.SIGTERM) from stopped
 
 
 if __name__ == "__main__":
