@@ -78,7 +78,7 @@ def benchmark(
         for seed, r_init in arms
     ]
     content = {
-        "command": f"python benchmarks/dimo.py --data {data}",
+        "command": _command(data, ablation_steps),
         "data": data,
         "note": note,
         "seeds": seeds,
@@ -235,6 +235,11 @@ def _markdown(content: dict[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _command(data: Data, ablation_steps: int) -> str:
+    root = "" if data == "digits" else " --data_root FOLDER"
+    return f"python benchmarks/dimo.py --data {data}{root} --ablation_steps {ablation_steps}"
 
 
 def _times(runs: Sequence[dict[str, Any]]) -> str:

@@ -171,9 +171,7 @@ class SoftDiMO(Stage):
         )
 
     def _condition(self, batch: Batch) -> Condition:
-        if self.teacher.num_classes == 0:
-            return self.teacher.encode(torch.zeros(len(batch["ordinal"]), dtype=torch.long, device=self.device))
-        return self.teacher.encode(batch["label"])
+        return self.condition_of(batch, self.teacher)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """While critics learn alone, the student has no gradient: Adam leaves it and its moments as they are."""

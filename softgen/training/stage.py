@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from softgen.data.base import Batch, ImageDataModule
 from softgen.data.token_cache import TokenCache
+from softgen.models.base import MaskedDiffusionModel
+from softgen.models.conditions import Condition
 from softgen.pretrained import Pretrained, fingerprint
 from softgen.random import SampleRandom, derive_seed
 from softgen.tokenizers.base import ImageTokenizer
@@ -88,6 +90,12 @@ class Stage(LightningModule, ABC):
     def noise(self, batch: Batch, stream: str) -> SampleRandom:
         """This batch's draws of one named stream; a function of (seed, stream, sample's ordinal)."""
         return SampleRandom(derive_seed(self.seed, stream), batch["ordinal"], device=self.device)
+
+    def condition_of(self, batch: Batch, model: MaskedDiffusionModel) -> Condition:
+        """The batch's condition for a model; an unconditional model gets a placeholder."""
+        if model.num_classes == 0:
+            return model.encode(torch.zeros(len(batch["ordinal"]), dtype=torch.long, device=self.device))
+        return model.encode(batch["label"])
 
     def report(self, batch: Batch, losses: Mapping[str, Tensor], logs: Mapping[str, Tensor]) -> Tensor:
         """Log a step and return the summed loss. The losses are watched for NaN and infinity."""

@@ -154,9 +154,7 @@ class TeacherTraining(Stage):
         return _Example(self.tokenizer.quantize(latents), latents if self.target == "snce" else None)
 
     def _condition(self, batch: Batch) -> Condition:
-        if self.model.num_classes == 0:
-            return self.model.encode(torch.zeros(len(batch["ordinal"]), dtype=torch.long, device=self.device))
-        return self.model.encode(batch["label"])
+        return self.condition_of(batch, self.model)
 
     def on_fit_start(self) -> None:
         """Settle 2 tau^2 on the first latents where it is `auto`, and report the perplexity of q."""
