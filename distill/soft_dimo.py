@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from distill.objectives.base import DistillState, Objective
 from distill.objectives.dimo import DiMO
 from distill.weighting import weigh
+from softgen.callbacks.accuracy import AccuracyWatch
 from softgen.categorical import sample_categorical
 from softgen.data.base import Batch, ImageDataModule
-from softgen.loading import check_compatible, load_generator, load_model, load_tokenizer
+from softgen.loading import check_compatible, check_same_sites, load_generator, load_model, load_tokenizer
 from softgen.models.base import MaskedDiffusionModel
 from softgen.models.conditions import Condition
 from softgen.models.generator import OneStepGenerator
-from softgen.pretrained import CONFIG_NAME, resolve_folder
+from softgen.pretrained import CONFIG_NAME, Pretrained, resolve_folder
 from softgen.relaxation import decoding_gap, probabilities, sharpness
 from softgen.tokenizers.base import ImageTokenizer
 from softgen.training.optimization import OptimizerConfig, ParameterGroup
@@ -41,6 +42,7 @@ class SoftDiMO(Stage):
         r_init: Share of masks in the initial tokens, in [0, 1].
         noise: Weight of the Gaussian noise on the initial embeddings, in [0, 1].
         temperature: Of the tokens that the student samples in training, above 0.
+        sharpen: Divides the student's logits once, before training, for good; below 1 makes a blunt student sharp.
         freeze_embedding: Keep the student's token embedding as the teacher's.
         seed: Seed of all randomness in training.
     """
@@ -56,12 +58,14 @@ class SoftDiMO(Stage):
         r_init: float = _R_INIT,
         noise: float = _NOISE,
         temperature: float = 1.0,
+        sharpen: float = 1.0,
         freeze_embedding: bool = True,
         seed: int = 0,
     ) -> None:
         super().__init__(optimizer=optimizer, seed=seed)
-        if not temperature > 0:
-            raise ValueError(f"model.temperature: expected a number above 0, got {temperature}")
+        for name, value in (("temperature", temperature), ("sharpen", sharpen)):
+            if not 0 < value < math.inf:
+                raise ValueError(f"model.{name}: expected a finite number above 0, got {value}")
         self.temperature = temperature
         opened = load_model(teacher, key="model.teacher") if isinstance(teacher, str) else teacher
         opened.check(key="model.teacher")
@@ -72,6 +76,7 @@ class SoftDiMO(Stage):
             self.hold_frozen("tokenizer", decoder)
 
         self.student = _open_student(student, self.teacher, r_init=r_init, noise=noise)
+        self.student.scale_logits(1 / sharpen)
         self.student.requires_grad_().train()
         if freeze_embedding:
             for parameter in self.student.model.embedding_parameters():
@@ -88,11 +93,24 @@ class SoftDiMO(Stage):
             raise ValueError(f"{names[0]}.weight: expected a number for the first objective, the anchor, got 'auto'")
         self._smallest_gap = math.inf
 
+    def setup(self, stage: str) -> None:
+        """As every stage; and say so when nobody watches that the samples stay of their class."""
+        super().setup(stage)
+        refining = [objective.name for objective in self._objectives() if objective.needs_tokenizer]
+        watches = [callback for callback in self.trainer.callbacks if isinstance(callback, AccuracyWatch)]  # type: ignore[attr-defined]
+        if stage == "fit" and refining and self.teacher.num_classes and not any(watch.watching for watch in watches):
+            rank_zero_warn(
+                f"Class accuracy is not watched while {', '.join(refining)} moves the student: "
+                "accuracy_watch.classifier takes the folder of an independent classifier"
+            )
+
     def _set_up(self, objective: Objective) -> None:
         if objective.needs_tokenizer and self.tokenizer is None:
             raise ValueError(f"model.tokenizer: expected a tokenizer, since {objective.name} decodes images, got none")
         objective.default_optimizer = self.optimizer_config
         objective.setup(self.teacher, self.tokenizer)
+        for name, module in objective.frozen_modules().items():
+            self.hold_frozen(f"{objective.name}.{name}", module)
         self.student.metadata.update(objective.metadata())
 
     def _objectives(self) -> Iterable[Objective]:
@@ -123,6 +141,14 @@ class SoftDiMO(Stage):
     def tokenizer_beside(self) -> ImageTokenizer | None:
         """The tokenizer of the teacher."""
         return self.tokenizer
+
+    @property
+    def beside(self) -> Mapping[str, Pretrained]:
+        """The critics that a later run can go on from."""
+        exports: dict[str, Pretrained] = {}
+        for objective in self._objectives():
+            exports.update(objective.exports())
+        return exports
 
     def check_data(self, data: ImageDataModule) -> None:
         """The classes must be the teacher's; objectives that look at real images must get some."""
@@ -253,10 +279,7 @@ def _open_student(
     if student is None:
         return OneStepGenerator(copy.deepcopy(teacher), r_init=r_init, noise=noise)
     opened = load_generator(student, key="model.student") if isinstance(student, str) else student
-    for name in ("num_codes", "num_sites", "mask_id", "num_classes"):
-        expected, got = getattr(teacher, name), getattr(opened.model, name)
-        if expected != got:
-            raise ValueError(f"model.student.{name}: expected {expected} as the teacher has, got {got}")
+    check_same_sites(opened.model, teacher, key="model.student")
     for name, asked, default, kept in (
         ("r_init", r_init, _R_INIT, opened.r_init),
         ("noise", noise, _NOISE, opened.noise),

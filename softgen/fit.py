@@ -14,6 +14,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from softgen.callbacks import (
+    AccuracyWatch,
     ExportModel,
     ResumeCheckpoint,
     SampleGrid,
@@ -55,6 +56,7 @@ class StageCLI(LightningCLI):
         parser.add_lightning_class_args(StudentEMA, "ema")
         parser.add_lightning_class_args(ResumeCheckpoint, "checkpoint")
         parser.add_lightning_class_args(SampleGrid, "samples")
+        parser.add_lightning_class_args(AccuracyWatch, "accuracy_watch")
         parser.link_arguments("run_dir", "checkpoint.run_dir")
         parser.link_arguments("run_dir", "samples.run_dir")
         parser.link_arguments("run_dir", "trainer.default_root_dir")

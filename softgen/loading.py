@@ -50,3 +50,15 @@ def check_compatible(model: MaskedDiffusionModel, tokenizer: ImageTokenizer, *, 
         expected, got = getattr(model, name), getattr(tokenizer, name)
         if expected != got:
             raise ValueError(f"{key}.{name}: expected {expected} as the model has, got {got}")
+
+
+def check_same_sites(model: MaskedDiffusionModel, teacher: MaskedDiffusionModel, *, key: str) -> None:
+    """Refuse a model that cannot stand beside the teacher: other sites, codes or classes.
+
+    Raises:
+        ValueError: Naming the number that differs.
+    """
+    for name in ("num_codes", "num_sites", "mask_id", "num_classes"):
+        expected, got = getattr(teacher, name), getattr(model, name)
+        if expected != got:
+            raise ValueError(f"{key}.{name}: expected {expected} as the teacher has, got {got}")

@@ -173,7 +173,7 @@ def test_checkpoint_of_another_model(fails: Fails, tmp_path: Path) -> None:
 def test_not_a_finite_loss(fails: Fails, teacher: str) -> None:
     objectives = "--model.init_args.objectives=[{class_path: distill.DiMO, init_args: {teacher_temperature: 1.0e-42}}]"
     assert fails(fit, _distill(teacher, objectives, "--run_dir=run")) == (
-        "dimo: expected a finite loss, got NaN or infinity at step 1"
+        "dimo, dimo_divergence_per_site: expected a finite value, got NaN or infinity at step 1"
     )
     assert not list(Path("run").rglob("*.ckpt"))
     assert not Path("run/model").exists()

@@ -15,6 +15,7 @@ from softgen.data.base import Batch
 from softgen.models.base import MaskedDiffusionModel
 from softgen.models.conditions import Condition
 from softgen.models.generator import OneStepGenerator
+from softgen.pretrained import Pretrained
 from softgen.random import SampleRandom
 from softgen.tokenizers.base import ImageTokenizer
 from softgen.training.optimization import OptimizerConfig, ParameterGroup
@@ -110,6 +111,17 @@ class Objective(nn.Module, ABC):
     def parameter_groups(self) -> Iterable[ParameterGroup]:
         """The critic's optimizer groups; none for an objective without a critic."""
         return ()
+
+    def frozen_modules(self) -> Mapping[str, nn.Module]:
+        """Networks that the objective only looks through, by name.
+
+        `SoftDiMO` freezes them, moves them along and keeps them out of checkpoints; they must not be registered here.
+        """
+        return {}
+
+    def exports(self) -> Mapping[str, Pretrained]:
+        """Critics that a later run can go on from, by the name of the folder that they are saved in."""
+        return {}
 
     def metadata(self) -> Mapping[str, Any]:
         """Facts to keep with the student's weights; JSON values."""

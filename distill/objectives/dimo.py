@@ -12,8 +12,10 @@ from distill.divergence import generalised_jeffreys
 from distill.objectives.base import DistillState, Objective, ObjectiveLosses, with_value_and_gradient
 from softgen.distributed import masked_mean, mean_over_ranks
 from softgen.guidance import check_guidance, guided_logits
+from softgen.loading import check_same_sites, load_model
 from softgen.masking import MaskLaw, draw_mask_ratio, exact_mask, mask_counts
 from softgen.models.base import MaskedDiffusionModel
+from softgen.pretrained import Pretrained
 from softgen.tokenizers.base import ImageTokenizer
 from softgen.training.optimization import OptimizerConfig, ParameterGroup
 from softgen.training.targets import hard_cross_entropy
@@ -32,6 +34,8 @@ class DiMO(Objective):
         teacher_temperature: Divides the teacher's logits, above 0.
         auxiliary_temperature: Divides the auxiliary's logits in the divergence, above 0.
         reduction: `sum` over masked sites, then the mean over the batch (published); `mean` over both.
+        auxiliary: Folder or hub id of the auxiliary model to go on from, which a Di[M]O run leaves as `auxiliary`
+            beside its student; by default a copy of the teacher.
         auxiliary_optimizer: Settings of the auxiliary model; by default those of the student.
         auxiliary_label_smoothing: Of its cross-entropy, in [0, 1].
         freeze_embedding: Keep its token embedding as the teacher's.
@@ -49,6 +53,7 @@ class DiMO(Objective):
         teacher_temperature: float = 1.0,
         auxiliary_temperature: float = 1.0,
         reduction: Literal["sum", "mean"] = "sum",
+        auxiliary: str | None = None,
         auxiliary_optimizer: OptimizerConfig | None = None,
         auxiliary_label_smoothing: float = 0.1,
         freeze_embedding: bool = True,
@@ -78,15 +83,21 @@ class DiMO(Objective):
         self.teacher_temperature = teacher_temperature
         self.auxiliary_temperature = auxiliary_temperature
         self.reduction = reduction
+        self.auxiliary_source = auxiliary
         self.auxiliary_optimizer = auxiliary_optimizer
         self.auxiliary_label_smoothing = auxiliary_label_smoothing
         self.freeze_embedding = freeze_embedding
         self.auxiliary: MaskedDiffusionModel
 
     def setup(self, teacher: MaskedDiffusionModel, tokenizer: ImageTokenizer | None) -> None:
-        """The auxiliary model starts as a copy of the teacher."""
+        """The auxiliary model starts as a copy of the teacher, or where an earlier run left it."""
         check_guidance(teacher, self.guidance, key="DiMO.guidance")
-        self.auxiliary = copy.deepcopy(teacher).requires_grad_().train()
+        if self.auxiliary_source is None:
+            self.auxiliary = copy.deepcopy(teacher)
+        else:
+            self.auxiliary = load_model(self.auxiliary_source, key="DiMO.auxiliary")
+            check_same_sites(self.auxiliary, teacher, key="DiMO.auxiliary")
+        self.auxiliary.requires_grad_().train()
         if self.freeze_embedding:
             for parameter in self.auxiliary.embedding_parameters():
                 parameter.requires_grad = False
@@ -134,6 +145,10 @@ class DiMO(Objective):
         """One group, `auxiliary`."""
         config = self.auxiliary_optimizer or self.default_optimizer
         yield ParameterGroup("auxiliary", list(self.auxiliary.parameters()), config)
+
+    def exports(self) -> Mapping[str, Pretrained]:
+        """The auxiliary model."""
+        return {"auxiliary": self.auxiliary}
 
     def metadata(self) -> Mapping[str, float]:
         """The teacher's guidance, at which teacher and student compare."""

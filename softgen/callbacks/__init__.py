@@ -1,5 +1,6 @@
-"""Lightning callbacks: averaged weights, resume, export, sample grids, progress, and a stop on NaN."""
+"""Lightning callbacks: averaged weights, resume, export, sample grids, progress, a stop on NaN, a watch."""
 
+from softgen.callbacks.accuracy import AccuracyWatch
 from softgen.callbacks.checkpoints import ResumeCheckpoint, latest_checkpoint, read_checkpoint
 from softgen.callbacks.ema import StudentEMA
 from softgen.callbacks.export import ExportModel
@@ -8,6 +9,7 @@ from softgen.callbacks.progress import StepProgress
 from softgen.callbacks.samples import SampleGrid
 
 __all__ = [
+    "AccuracyWatch",
     "ExportModel",
     "ResumeCheckpoint",
     "SampleGrid",

@@ -55,12 +55,14 @@ class StudentEMA(Callback):
 
     @contextmanager
     def averaged(self, pl_module: LightningModule) -> Iterator[None]:
-        """Within, the product has the averaged weights."""
+        """Within, the product has the averaged weights; afterwards it has those that it had before."""
+        already = self._raw is not None
         self._swap_in(pl_module)
         try:
             yield
         finally:
-            self._swap_out(pl_module)
+            if not already:
+                self._swap_out(pl_module)
 
     def _swap_in(self, pl_module: LightningModule) -> None:
         if not self._average or self._raw is not None:
@@ -119,6 +121,17 @@ class StudentEMA(Callback):
         """Restore what `state_dict` gave."""
         self.updates = int(state_dict["updates"])
         self._average = dict(state_dict["average"])
+
+
+@contextmanager
+def averaged_product(trainer: Trainer, pl_module: LightningModule) -> Iterator[Pretrained]:
+    """Within, the stage's product has its averaged weights, if the trainer keeps an average."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, StudentEMA):
+            with callback.averaged(pl_module):
+                yield _product(pl_module)
+            return
+    yield _product(pl_module)
 
 
 def _product(pl_module: LightningModule) -> Pretrained:

@@ -1,4 +1,4 @@
-"""Stops a run whose loss is NaN or infinite, with the objective's name and the step."""
+"""Stops a run whose loss, or one of the values behind it, is NaN or infinite, with its name and the step."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from softgen.training.stage import Stage
 
 
 class StopOnNonFinite(Callback):
-    """Notes on the device the first step at which each loss is not finite, and looks at the notes now and then.
+    """Notes on the device the first step at which each value is not finite, and looks at the notes now and then.
 
     So a step never waits for the device, and no checkpoint is written after a bad step unseen.
 
@@ -28,12 +28,12 @@ class StopOnNonFinite(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Note this step's losses."""
+        """Note this step's values."""
         assert isinstance(pl_module, Stage)
         step = trainer.fit_loop.total_batch_idx + 1
-        for name, loss in pl_module.latest_losses.items():
+        for name, value in pl_module.latest_values.items():
             noted = self._first_bad.get(name)
-            here = torch.where(torch.isfinite(loss), -1, step)
+            here = torch.where(torch.isfinite(value), -1, step)
             self._first_bad[name] = here if noted is None else torch.where(noted >= 0, noted, here)
         if step % self.check_every == 0 or trainer.should_stop:
             self._look()
@@ -51,5 +51,6 @@ class StopOnNonFinite(Callback):
         worst = {name: max_over_ranks(step) for name, step in self._first_bad.items()}
         bad = {name: int(step) for name, step in worst.items() if int(step) >= 0}
         if bad:
-            name, step = min(bad.items(), key=lambda item: item[1])
-            raise ValueError(f"{name}: expected a finite loss, got NaN or infinity at step {step}")
+            step = min(bad.values())
+            names = ", ".join(name for name, first in bad.items() if first == step)
+            raise ValueError(f"{names}: expected a finite value, got NaN or infinity at step {step}")

@@ -32,6 +32,7 @@ class OneStepGenerator(Pretrained):
         model: The network, initialised from the teacher.
         r_init: Share of the initial tokens that are masks; the others are random codes. In [0, 1].
         noise: Weight s of the Gaussian noise on the initial embeddings, e <- s eps + sqrt(1 - s^2) e. In [0, 1].
+        logit_scale: Multiplies the network's logits, above 0.
         metadata: Facts to keep with the weights (the teacher's guidance, the steps trained); JSON values.
     """
 
@@ -41,18 +42,36 @@ class OneStepGenerator(Pretrained):
         *,
         r_init: float = 0.6,
         noise: float = 0.1,
+        logit_scale: float = 1.0,
         metadata: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         for name, value in (("r_init", r_init), ("noise", noise)):
             if not 0 <= value <= 1:
                 raise ValueError(f"generator.{name}: expected a number in [0, 1], got {value}")
+        if not 0 < logit_scale < math.inf:
+            raise ValueError(f"generator.logit_scale: expected a finite number above 0, got {logit_scale}")
         model.check(key="generator.model")
         self.model = model
         self.r_init = r_init
         self.noise = noise
         self.metadata = dict(metadata or {})
-        self.config = {"model": model, "r_init": r_init, "noise": noise, "metadata": self.metadata}
+        self.config = {
+            "model": model,
+            "r_init": r_init,
+            "noise": noise,
+            "logit_scale": logit_scale,
+            "metadata": self.metadata,
+        }
+
+    @property
+    def logit_scale(self) -> float:
+        """What the network's logits are multiplied by."""
+        return float(self.config["logit_scale"])
+
+    def scale_logits(self, factor: float) -> None:
+        """Multiply all logits by a constant from now on; above 1 sharpens."""
+        self.config["logit_scale"] = self.logit_scale * factor
 
     def init_tokens(self, noise: NoiseSource) -> Tensor:
         """Draw x_init (B, N): exactly max(1, round(r_init N)) masks (none for r_init 0), random codes elsewhere."""
@@ -78,7 +97,7 @@ class OneStepGenerator(Pretrained):
     def logits(self, e_in: Tensor, condition: Condition) -> Tensor:
         """One pass: input embeddings (B, L, d) to logits (B, N, K)."""
         logits: Tensor = self.model(e_in, condition)
-        return logits
+        return logits if self.logit_scale == 1 else logits * self.logit_scale
 
     def forward(self, e_in: Tensor, condition: Condition) -> Tensor:
         """As `logits`."""

@@ -38,6 +38,7 @@ class Stage(LightningModule, ABC):
         self._frozen: dict[str, nn.Module] = {}
         self._fingerprints: dict[str, str] = {}
         self._latest_losses: dict[str, Tensor] = {}
+        self._latest_logs: dict[str, Tensor] = {}
 
     @property
     @abstractmethod
@@ -48,6 +49,11 @@ class Stage(LightningModule, ABC):
     def tokenizer_beside(self) -> ImageTokenizer | None:
         """The tokenizer to save beside the product, so that one path is enough."""
         return None
+
+    @property
+    def beside(self) -> Mapping[str, Pretrained]:
+        """What else is left in the run folder for a later run to go on from, by the name of its folder."""
+        return {}
 
     @abstractmethod
     def preview(self, batch: Batch) -> Tensor | None:
@@ -98,10 +104,11 @@ class Stage(LightningModule, ABC):
         return model.encode(batch["label"])
 
     def report(self, batch: Batch, losses: Mapping[str, Tensor], logs: Mapping[str, Tensor]) -> Tensor:
-        """Log a step and return the summed loss. The losses are watched for NaN and infinity."""
+        """Log a step and return the summed loss. All of its values are watched for NaN and infinity."""
         total = torch.stack([loss.float() for loss in losses.values()]).sum()
         self._latest_losses = {name: loss.detach() for name, loss in losses.items()}
-        values = {f"train/{name}": value for name, value in {**self._latest_losses, **logs}.items()}
+        self._latest_logs = dict(logs)
+        values = {f"train/{name}": value for name, value in self.latest_values.items()}
         self.log_dict(values, batch_size=len(batch["ordinal"]))
         return total
 
@@ -109,6 +116,11 @@ class Stage(LightningModule, ABC):
     def latest_losses(self) -> Mapping[str, Tensor]:
         """The named losses of the last training step, detached, on their device."""
         return self._latest_losses
+
+    @property
+    def latest_values(self) -> Mapping[str, Tensor]:
+        """The losses of the last training step, and what else it logged."""
+        return {**self._latest_losses, **self._latest_logs}
 
     def parameter_groups(self) -> Iterable[ParameterGroup]:
         """The optimizer's groups; a stage with critics adds one each."""
