@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 
+from softgen.classifier import RECIPES, named_data
 from softgen.cli import run_command
 from softgen.data.base import ImageDataModule
 from softgen.generation import balanced_labels, generate, one_step_tokens, teacher_tokens
@@ -144,16 +145,18 @@ def named_protocol(
     progress: bool = True,
 ) -> Protocol:
     """The protocol of a data set that comes with the toolkit: `digitsnet` or `fashionnet`."""
-    from softgen.data import Digits, FashionMNIST
+    from softgen.data import Digits
 
-    path = folder if folder is not None else f"runs/{name}/extractor"
-    if name == "digits":
-        reference = Digits(train_on_all=True)
-        return small_protocol(
-            Digits(), name="digitsnet", epochs=10, folder=path, reference=reference, progress=progress
-        )
-    data = FashionMNIST(root=data_root)
-    return small_protocol(data, name="fashionnet", epochs=3, width=16, folder=path, progress=progress)
+    recipe = RECIPES[name]
+    return small_protocol(
+        named_data(name, data_root=data_root),
+        name=recipe.name,
+        epochs=recipe.epochs,
+        width=recipe.width,
+        folder=folder if folder is not None else f"runs/{name}/extractor",
+        reference=Digits(train_on_all=True) if name == "digits" else None,
+        progress=progress,
+    )
 
 
 def write_json(path: Path, content: object) -> None:

@@ -2,8 +2,11 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-STAGES = ("1_tokenizer", "2_teacher", "3_dimo")
+import yaml
+
+STAGES = ("1_tokenizer", "2_teacher", "3_dimo", "4_gan", "5_reward")
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,22 @@ class Recipe:
     def config(self, stage: str) -> Path:
         """The YAML of a stage."""
         return self.folder / f"{stage}.yaml"
+
+    def write_config(self, stage: str, root: Path) -> Path:
+        """Write root/configs/<stage>.yaml: the stage with every `runs/<data set>/` in it moved to `root`."""
+        content = _moved(yaml.safe_load(self.config(stage).read_text()), old=f"runs/{self.name}/", new=f"{root}/")
+        path = root / "configs" / f"{stage}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(yaml.safe_dump(content, sort_keys=False))
+        return path
+
+
+def _moved(value: Any, *, old: str, new: str) -> Any:
+    if isinstance(value, dict):
+        return {key: _moved(inner, old=old, new=new) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_moved(inner, old=old, new=new) for inner in value]
+    return new + value.removeprefix(old) if isinstance(value, str) and value.startswith(old) else value
 
 
 def find_recipe(name: str) -> Recipe:

@@ -1,4 +1,4 @@
-"""Raise a reward of chosen samples: `python -m tteo --generator DIR --label "[3]" --reward CLASS`."""
+"""Raise a reward of chosen samples: `python -m tteo --generator DIR --label 3 --reward CLASS`."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ PROGRAM = "tteo"
 def tteo(
     *,
     generator: str,
-    label: list[int],
+    label: int | list[int],
     reward: Reward,
     tokenizer: str | None = None,
     out: str = "tteo",
@@ -31,7 +31,7 @@ def tteo(
 
     Args:
         generator: Folder or hub id of a one-step generator.
-        label: Classes, one image each (times `settings.candidates`).
+        label: Class, or a list of classes, one image each (times `settings.candidates`).
         reward: What is climbed, e.g. `rewards.ClassifierReward`.
         tokenizer: Folder or hub id; by default the one beside the generator.
         out: Folder to write to.
@@ -47,9 +47,9 @@ def tteo(
     check_writable(Path(out))
     model = load_generator(generator).to(target)
     decoder = load_tokenizer(tokenizer if tokenizer is not None else generator).to(target)
-    labels = torch.tensor(label, dtype=torch.long)
+    labels = torch.tensor([label] if isinstance(label, int) else label, dtype=torch.long)
     scorer = reward.to(target)
-    if label:
+    if len(labels):
         check_reward(scorer, image_size=decoder.image_size, conditions=labels[:1].to(target))
     result = optimize(model, decoder, scorer, labels, settings=settings, seed=seed)
     write_result(result, Path(out))

@@ -39,6 +39,7 @@ class DiMO(Objective):
         auxiliary_optimizer: Settings of the auxiliary model; by default those of the student.
         auxiliary_label_smoothing: Of its cross-entropy, in [0, 1].
         freeze_embedding: Keep its token embedding as the teacher's.
+        critic_only_steps: Steps at the start in which only critics learn.
         weight: Of this term in the summed loss.
     """
 
@@ -57,6 +58,7 @@ class DiMO(Objective):
         auxiliary_optimizer: OptimizerConfig | None = None,
         auxiliary_label_smoothing: float = 0.1,
         freeze_embedding: bool = True,
+        critic_only_steps: int = 0,
         weight: float = 1.0,
     ) -> None:
         super().__init__(weight=weight)
@@ -75,6 +77,8 @@ class DiMO(Objective):
         if reduction not in ("sum", "mean"):
             raise ValueError(f"DiMO.reduction: expected sum or mean, got {reduction!r}")
         draw_mask_ratio(mask_law, torch.zeros(1), key="DiMO.mask_law")
+        if critic_only_steps < 0:
+            raise ValueError(f"DiMO.critic_only_steps: expected at least 0, got {critic_only_steps}")
         if auxiliary_optimizer is not None:
             auxiliary_optimizer.check(key="DiMO.auxiliary_optimizer")
         self.beta = beta
@@ -87,6 +91,7 @@ class DiMO(Objective):
         self.auxiliary_optimizer = auxiliary_optimizer
         self.auxiliary_label_smoothing = auxiliary_label_smoothing
         self.freeze_embedding = freeze_embedding
+        self.critic_only_steps = critic_only_steps
         self.auxiliary: MaskedDiffusionModel
 
     def setup(self, teacher: MaskedDiffusionModel, tokenizer: ImageTokenizer | None) -> None:

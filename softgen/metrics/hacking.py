@@ -18,8 +18,7 @@ def saturation(images: Tensor) -> Tensor:
         images: (B, 3, H, W) in [0, 1].
     """
     high, low = images.amax(dim=1), images.amin(dim=1)
-    mean: Tensor = ((high - low) / high.clamp(min=torch.finfo(images.dtype).eps)).mean()
-    return mean
+    return ((high - low) / high.clamp(min=torch.finfo(images.dtype).eps)).mean()
 
 
 @torch.no_grad()
@@ -35,7 +34,8 @@ def colour_entropy(images: Tensor) -> Tensor:
     counts = torch.zeros(_BINS**3, device=images.device).index_add_(
         0, colours.flatten(), torch.ones(colours.numel(), device=images.device)
     )
-    return torch.special.entr(counts / colours.numel()).sum()
+    entropy: Tensor = torch.special.entr(counts / colours.numel()).sum()
+    return entropy
 
 
 @torch.no_grad()
