@@ -2,10 +2,8 @@
 
 from typing import Literal
 
-import torch
-
 from distill.objectives.base import DistillState, Objective, ObjectiveLosses
-from softgen.relaxation import probabilities
+from softgen.relaxation import widen
 
 
 class Sharpen(Objective):
@@ -23,4 +21,6 @@ class Sharpen(Objective):
 
     def forward(self, state: DistillState) -> ObjectiveLosses:
         """The mean entropy."""
-        return ObjectiveLosses(generator=torch.special.entr(probabilities(state.logits)).sum(dim=-1).mean())
+        # Not -p log p from p: its gradient is NaN where a probability underflows to 0, as it does for a sharp student.
+        log_probs = widen(state.logits).log_softmax(dim=-1)
+        return ObjectiveLosses(generator=-(log_probs.exp() * log_probs).sum(dim=-1).mean())

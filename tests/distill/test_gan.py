@@ -142,10 +142,8 @@ def test_automatic_weight_holds_the_ratio_of_the_gradients(
     assert norms[0].item() == pytest.approx(plain.item(), rel=1e-5)
 
 
-def test_sharpen_lowers_entropy() -> None:
-    logits = torch.tensor([[[2.0, 1.0, 0.0]]], requires_grad=True)
-    module_free = Sharpen()
-    state = DistillState(
+def _bare_state(logits: Tensor) -> DistillState:
+    return DistillState(
         student=None,  # type: ignore[arg-type]
         teacher=None,  # type: ignore[arg-type]
         tokenizer=None,
@@ -156,11 +154,24 @@ def test_sharpen_lowers_entropy() -> None:
         step=0,
         noise=None,  # type: ignore[arg-type]
     )
-    loss = module_free(state).generator
+
+
+def test_sharpen_lowers_entropy() -> None:
+    logits = torch.tensor([[[2.0, 1.0, 0.0]]], requires_grad=True)
+    loss = Sharpen()(_bare_state(logits)).generator
     expected = torch.distributions.Categorical(logits=logits.detach()).entropy().mean()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     (gradient,) = torch.autograd.grad(loss, logits)
     assert gradient[0, 0, 0] < 0 < gradient[0, 0, 2]
+
+
+def test_sharpen_of_a_student_whose_probabilities_underflow() -> None:
+    logits = torch.tensor([[[200.0, 0.0, -200.0], [1.0, 0.0, -200.0]]], requires_grad=True)
+    state = _bare_state(logits)
+    (gradient,) = torch.autograd.grad(Sharpen()(state).generator, logits)
+    assert gradient[0, 0].tolist() == [0.0, 0.0, 0.0]
+    assert gradient[0, 1].isfinite().all()
+    assert gradient[0, 1, 0] < 0 < gradient[0, 1, 1]
 
 
 @pytest.mark.parametrize(
