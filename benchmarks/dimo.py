@@ -60,7 +60,7 @@ def benchmark(
     """
     recipe, root = find_recipe(data), Path(out) / data
     with ThreadPoolExecutor(processes) as pool:
-        list(pool.map(lambda seed: _pipeline(data, data_root, root / f"seed_{seed}", seed=seed), seeds))
+        list(pool.map(lambda seed: run_pipeline(data, data_root, root / f"seed_{seed}", seed=seed), seeds))
         arms = [(seed, r_init) for seed in seeds for r_init in (0.6, 1.0) if ablation_steps]
         list(pool.map(lambda arm: _ablation_run(recipe, root, *arm, steps=ablation_steps), arms))
     runs = [json.loads((root / f"seed_{seed}" / "metrics.json").read_text()) for seed in seeds]
@@ -103,11 +103,12 @@ def _run(words: Sequence[str], log: Path) -> None:
         subprocess.run([sys.executable, "-m", *words], check=True, stdout=file, stderr=subprocess.STDOUT)
 
 
-def _pipeline(data: Data, data_root: str, folder: Path, *, seed: int) -> None:
+def run_pipeline(data: Data, data_root: str, folder: Path, *, seed: int) -> None:
+    """Tokenizer, teacher and Di[M]O of a seed, scored; nothing if the folder holds a finished run."""
     if (folder / "metrics.json").is_file():
         return
     words = ["softgen.quickstart", f"--data={data}", f"--data_root={data_root}", f"--out={folder}"]
-    _run([*words, f"--seed={seed}", "--resume=true"], folder / "log.txt")
+    _run([*words, f"--seed={seed}", "--resume=true", "--refine=false"], folder / "log.txt")
 
 
 def _arm(root: Path, seed: int, r_init: float) -> Path:

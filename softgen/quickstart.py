@@ -1,15 +1,18 @@
 """From real images to a one-step generator, with a report: `python -m softgen.quickstart`."""
 
+import importlib
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from softgen.callbacks import latest_checkpoint
+from softgen.classifier import classifier
 from softgen.cli import fail, run_command
 from softgen.data.base import ImageDataModule
 from softgen.evaluate import named_protocol, write_json
@@ -22,10 +25,11 @@ from softgen.generation import (
     teacher_tokens,
 )
 from softgen.loading import load_generator, load_model, load_tokenizer
-from softgen.metrics.protocol import Protocol
+from softgen.metrics.classifier import SmallClassifier
 from softgen.models.base import MaskedDiffusionModel
-from softgen.recipes import Recipe, find_recipe
-from softgen.report import Figure, Section, TableRow, write_report
+from softgen.pretrained import CONFIG_NAME
+from softgen.quickstart_page import Row, Run, write_page
+from softgen.recipes import find_recipe
 from softgen.sample import check_positive, check_writable
 from softgen.sampling import MaskGITSampler
 from softgen.tokenizers.base import ImageTokenizer
@@ -33,41 +37,7 @@ from softgen.tokenizers.base import ImageTokenizer
 PROGRAM = "softgen.quickstart"
 TEACHER_STEPS = (1, 4, 8, 16)
 _SHOWN = 60
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of metrics.json. `seconds` is the wall time of sampling (for the tokenizer, of its round trip)."""
-
-    name: str
-    fd: float
-    n: int
-    accuracy: float | None
-    precision: float | None
-    recall: float | None
-    seconds: float
-
-
-@dataclass
-class Run:
-    """What a quickstart gathers as it goes."""
-
-    recipe: Recipe
-    out: Path
-    seed: int
-    protocol: Protocol
-    rows: list[Row] = field(default_factory=list)
-    shown: dict[str, Tensor] = field(default_factory=dict)
-    stage_seconds: dict[str, float] = field(default_factory=dict)
-    resumed: list[str] = field(default_factory=list)
-
-    def folder(self, stage: str) -> Path:
-        """The run folder of a stage."""
-        return self.out / stage
-
-    def model(self, stage: str) -> str:
-        """What a stage left for the next."""
-        return str(self.folder(stage) / "model")
+_TTEO = ["--settings.steps=10", "--settings.optimizer=adam", "--settings.lr=0.02", "--settings.batch_size=256"]
 
 
 def quickstart(
@@ -79,9 +49,10 @@ def quickstart(
     n: int = 0,
     threads: int = 1,
     resume: bool = False,
+    refine: bool = True,
     overrides: list[str] = [],  # noqa: B006 - never changed; jsonargparse shows it
 ) -> None:
-    """Train tokenizer, teacher and Di[M]O student, score them, and write report.html and metrics.json.
+    """Train tokenizer, teacher and one-step student, refine it, score all, and write report.html and metrics.json.
 
     Args:
         data: Data set; the digits come with scikit-learn.
@@ -90,6 +61,7 @@ def quickstart(
         seed: Of weights, data order and all noise.
         n: Images that each figure is measured on; 0 takes 1797 for digits, 10,000 for Fashion-MNIST.
         threads: CPU threads; 1 is fastest for these small models.
+        refine: Go on from Di[M]O with the GAN, the reward and TTEO.
         resume: Go on from the last checkpoint of each stage in `out`; stages that are done are not run again.
         overrides: Further options for every stage, such as --trainer.max_steps=20.
 
@@ -104,23 +76,36 @@ def quickstart(
     start = time.perf_counter()
     torch.set_num_threads(threads)
     folder = Path(out)
-    _say(f"1/5  classifier that the figures are measured with -> {folder / 'extractor'}")
+    parts = 8 if refine else 5
+    _say(f"1/{parts}  classifier that the figures are measured with, and a judge for the reward")
     protocol = named_protocol(data, data_root=data_root, folder=str(folder / "extractor"))
     _say(f"     {protocol.accuracy:.1%} of held-out images classified rightly")
-    run = Run(recipe=recipe, out=folder, seed=seed, protocol=protocol)
+    if not (folder / "judge" / CONFIG_NAME).is_file():
+        classifier(data_name=data, data_root=data_root, out=str(folder / "judge"))
+    judge = SmallClassifier.load(folder / "judge")
+    run = Run(recipe=recipe, out=folder, seed=seed, protocol=protocol, judge=judge)
     count = n or recipe.samples
 
     common = [*overrides, f"--threads={threads}", *(["--ckpt_path=last"] if resume else [])]
     rooted = [*common, f"--data.init_args.root={data_root}"] if data == "fashion_mnist" else common
-    _say("2/5  tokenizer: images to a few codes, and back")
+    _say(f"2/{parts}  tokenizer: images to a few codes, and back")
     _fit(run, "1_tokenizer", rooted)
     _score_tokenizer(run, _reference(data, data_root), n=count)
-    _say("3/5  teacher: predicts masked codes, many passes an image")
-    _fit(run, "2_teacher", [*rooted, f"--model.init_args.tokenizer={run.model('1_tokenizer')}"])
-    _say("4/5  Di[M]O: distils the teacher into one pass")
-    _fit(run, "3_dimo", [*common, f"--model.init_args.teacher={run.model('2_teacher')}"])
-    _say("5/5  sampling and scoring")
+    _say(f"3/{parts}  teacher: predicts masked codes, many passes an image")
+    _fit(run, "2_teacher", rooted)
+    _say(f"4/{parts}  Di[M]O: distils the teacher into one pass")
+    _fit(run, "3_dimo", common)
+    if refine:
+        _say(f"5/{parts}  GAN: the frozen teacher tells real from drawn")
+        _fit(run, "4_gan", rooted)
+        _say(f"6/{parts}  reward: a judge looks through the decoder")
+        _fit(run, "5_reward", common)
+        _say(f"7/{parts}  TTEO: the input embedding of each image climbs the reward")
+        _optimise(run, n=count)
+    _say(f"{parts}/{parts}  sampling and scoring")
     guidance = _score_generators(run, n=count)
+    if refine:
+        _score_optimised(run, n=count)
 
     wall = time.perf_counter() - start
     name = protocol.name(count)
@@ -135,7 +120,7 @@ def quickstart(
         "rows": [asdict(row) for row in run.rows],
     }
     write_json(folder / "metrics.json", metrics)
-    _write_report(run, name=name, guidance=guidance, wall=wall)
+    write_page(run, name=name, guidance=guidance, wall=wall)
     for row in run.rows:
         print(f"{row.name:12s} {name} {row.fd:8.3f}   accuracy {row.accuracy or 0:.3f}   n {row.n}")
     print(f"report: {folder / 'report.html'}   ({wall:.0f} s)")
@@ -151,7 +136,7 @@ def _fit(run: Run, stage: str, options: Sequence[str]) -> None:
     start = time.perf_counter()
     if "--ckpt_path=last" in options and latest_checkpoint(run.folder(stage)) is not None:
         run.resumed.append(stage)
-    words = [f"--config={run.recipe.config(stage)}", f"--run_dir={run.folder(stage)}", f"--seed={run.seed}"]
+    words = [f"--config={run.recipe.write_config(stage, run.out)}", f"--seed={run.seed}"]
     fit([*words, *options])
     run.stage_seconds[stage] = time.perf_counter() - start
 
@@ -172,10 +157,47 @@ def _add(run: Run, name: str, images: Tensor, labels: Tensor, seconds: float) ->
             accuracy=quality.accuracy,
             precision=quality.precision,
             recall=quality.recall,
+            reward=_reward(run, images, labels),
             seconds=round(seconds, 3),
         )
     )
     run.shown[name] = images[:_SHOWN]
+
+
+@torch.inference_mode()
+def _reward(run: Run, images: Tensor, labels: Tensor) -> float:
+    """Mean log-probability of the labels under the judge."""
+    parts = [run.judge.logits(part).log_softmax(dim=1) for part in torch.split(images, 512)]
+    return torch.cat(parts).gather(1, labels[:, None]).mean().item()
+
+
+def _optimise(run: Run, *, n: int) -> None:
+    """`python -m tteo` in this process; by name, since softgen stands below it."""
+    start = time.perf_counter()
+    labels = balanced_labels(n, num_classes=run.recipe.num_classes).tolist()
+    importlib.import_module("tteo.__main__").main(
+        [
+            f"--generator={run.model('4_gan')}",
+            f"--label={labels}",
+            "--reward=rewards.ClassifierReward",
+            f"--reward.init_args.classifier={run.out / 'judge'}",
+            f"--out={run.folder('6_tteo')}",
+            f"--seed={run.seed}",
+            *_TTEO,
+        ]
+    )
+    run.stage_seconds["6_tteo"] = time.perf_counter() - start
+
+
+def _score_optimised(run: Run, *, n: int) -> None:
+    tokenizer = load_tokenizer(run.model("4_gan"))
+    labels = balanced_labels(n, num_classes=run.recipe.num_classes)
+    result = load_file(run.folder("6_tteo") / "result.safetensors")
+    with torch.inference_mode():
+        before = tokenizer.decode(result["start_tokens"][:_SHOWN])
+        images = torch.cat([tokenizer.decode(part) for part in torch.split(result["tokens"], 256)])
+    _add(run, "tteo", images, labels, run.stage_seconds["6_tteo"])
+    run.shown["tteo_before"] = before
 
 
 def _score_tokenizer(run: Run, data: ImageDataModule, *, n: int) -> None:
@@ -197,6 +219,9 @@ def _score_generators(run: Run, *, n: int) -> float:
     teacher, tokenizer = load_model(run.model("2_teacher")), load_tokenizer(run.model("2_teacher"))
     guidance = float(generator.metadata.get("guidance", 1.0))
     sources = _teacher_sources(teacher, guidance=guidance) | {"dimo": one_step_tokens(generator)}
+    for name, stage in (("dimo_gan", "4_gan"), ("dimo_reward", "5_reward")):
+        if stage in run.stage_seconds:
+            sources[name] = one_step_tokens(load_generator(run.model(stage)))
     labels = balanced_labels(n, num_classes=run.recipe.num_classes)
     for name, source in sources.items():
         made = _generate(source, tokenizer, labels, name=name, seed=run.seed)
@@ -213,87 +238,6 @@ def _teacher_sources(teacher: MaskedDiffusionModel, *, guidance: float) -> dict[
 
 def _generate(source: TokenSource, tokenizer: ImageTokenizer, labels: Tensor, *, name: str, seed: int) -> Generated:
     return generate(source, tokenizer, labels, seed=seed, progress=f"{name:10s}")
-
-
-def _write_report(run: Run, *, name: str, guidance: float, wall: float) -> None:
-    by_name = {row.name: row for row in run.rows}
-    n = by_name["dimo"].n
-    write_report(
-        run.out / "report.html",
-        title=f"softgen quickstart: {run.recipe.name}",
-        lead="From real images to a generator that draws an image in one pass.",
-        header=("", name, "class accuracy", "precision", "recall", "seconds to sample", "what it is"),
-        rows=[_table_row(row) for row in run.rows],
-        notes=(
-            f"{name}: Frechet distance between {n:,} images and the real training images, on the features of a small "
-            f"classifier (right on {run.protocol.accuracy:.1%} of held-out images; trained by this run with a fixed "
-            "seed). Lower is better. Never compare it with an FID.",
-            f"Seed {run.seed}; guidance {guidance:g} for the teacher in every row, as the student was distilled with "
-            f"it; {wall:.0f} s in all, {torch.get_num_threads()} thread(s). "
-            f"Command: python -m softgen.quickstart --data {run.recipe.name} --seed {run.seed}",
-        ),
-        sections=_sections(run),
-    )
-
-
-_MEANING = {
-    "tokenizer": "real images, encoded and decoded: the floor of every row below",
-    "teacher_1": "the teacher, one pass: what the student has to beat",
-    "teacher_4": "the teacher, 4 passes",
-    "teacher_8": "the teacher, 8 passes",
-    "teacher_16": "the teacher, 16 passes",
-    "dimo": "the student, one pass",
-}
-
-
-def _table_row(row: Row) -> TableRow:
-    numbers = [f"{value:.3f}" if value is not None else "" for value in (row.accuracy, row.precision, row.recall)]
-    cells = (row.name, f"{row.fd:.2f}", *numbers, f"{row.seconds:.2f}", _MEANING.get(row.name, ""))
-    return TableRow(cells=cells, highlight=row.name == "dimo")
-
-
-def _sections(run: Run) -> list[Section]:
-    def section(stage: str, title: str, purpose: str, shown: dict[str, str], curves: dict[str, str]) -> Section:
-        figures = [Figure(images=run.shown[name], caption=caption) for name, caption in shown.items()]
-        logs = sorted((run.folder(stage) / "logs").glob("version_*/metrics.csv"))
-        return Section(title, purpose, run.stage_seconds.get(stage), figures, curves, logs)
-
-    best = min(
-        (row for row in run.rows if row.name in ("teacher_4", "teacher_8", "teacher_16")),
-        key=lambda row: row.fd,
-    )
-    return [
-        section(
-            "1_tokenizer",
-            "1. Tokenizer",
-            "Turns an image into a few codes out of a codebook, and back. Everything later happens in codes, and no "
-            "generator can be better than what the tokenizer brings back.",
-            {"real": "Real images.", "tokenizer": "The same, through the tokenizer."},
-            {"train/mse": "squared error"},
-        ),
-        section(
-            "2_teacher",
-            "2. Teacher",
-            "A masked diffusion model learns to fill in masked codes from the visible ones. Sampling starts from masks "
-            "alone and fills them in over several passes: good, but slow.",
-            {
-                "teacher_1": "One pass: the codes do not know of each other.",
-                best.name: f"{best.name.removeprefix('teacher_')} passes, its best here.",
-            },
-            {"train/hard": "cross-entropy of masked codes"},
-        ),
-        section(
-            "3_dimo",
-            "3. Di[M]O",
-            "Distils the teacher into one pass: the student's codes are masked again, and its logits move until "
-            "teacher and auxiliary model agree on what was there. It needs no images.",
-            {"dimo": "The student: one pass."},
-            {
-                "train/dimo_divergence_per_site": "divergence a masked site",
-                "train/dimo_critic": "auxiliary's cross-entropy",
-            },
-        ),
-    ]
 
 
 def main(args: list[str] | None = None) -> None:

@@ -1,5 +1,6 @@
 """Averaged weights, whenever a checkpoint is written, and what a finished run leaves."""
 
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from distill import DiMO, SoftDiMO
 from softgen import load_generator, load_tokenizer
 from softgen.callbacks import ExportModel, StudentEMA
+from softgen.callbacks.ema import averaged_product
 from softgen.data import Digits, Labels
 from softgen.models import MaskedTransformer
 from softgen.tokenizers import ConvVQTokenizer
@@ -155,3 +157,42 @@ def test_nothing_trained_leaves_the_model_as_it_was(tmp_path: Path) -> None:
 def test_decay_outside_its_range() -> None:
     with pytest.raises(ValueError, match=r"StudentEMA.decay: expected a number in \[0, 1\), got 1.0"):
         StudentEMA(decay=1.0)
+
+
+def test_averaging_inside_validation_leaves_the_average_in_place(tmp_path: Path) -> None:
+    heads: dict[str, torch.Tensor] = {}
+
+    class Nested(Callback):
+        def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
+            with averaged_product(trainer, pl_module) as product, averaged_product(trainer, pl_module):
+                heads["inside"] = product.state_dict()["model.head.weight"].clone()
+            heads["after"] = product.state_dict()["model.head.weight"].clone()
+
+    module, ema = _module(), StudentEMA(decay=0.5)
+    recorder = _Recorder(tmp_path / "mid.ckpt")
+    _trainer(ema, Nested(), recorder, steps=2, validate=True).fit(module, datamodule=_data())
+
+    average = ema.state_dict()["average"]["model.head.weight"]
+    assert recorder.validated is not None
+    assert all(torch.equal(head, average) for head in (heads["inside"], heads["after"], recorder.validated))
+    assert not torch.equal(average, recorder.heads[-1])
+    saved = torch.load(tmp_path / "mid.ckpt", weights_only=True)["state_dict"]
+    assert torch.equal(saved["student.model.head.weight"], recorder.heads[-1])
+    assert torch.equal(module.student.model.state_dict()["head.weight"], recorder.heads[-1])
+
+
+@pytest.mark.parametrize("averaging", [True, False])
+def test_averaged_product_between_steps(averaging: bool) -> None:
+    module, ema, recorder = _module(), StudentEMA(decay=0.5), _Recorder()
+    trainer = _trainer(*([ema] if averaging else []), recorder, steps=2)
+    trainer.fit(module, datamodule=_data())
+    raw = recorder.heads[-1]
+    with averaged_product(trainer, module) as product:
+        assert product is module.student
+        expected = ema.state_dict()["average"]["model.head.weight"] if averaging else raw
+        assert torch.equal(product.state_dict()["model.head.weight"], expected)
+        assert torch.equal(expected, raw) != averaging
+    assert torch.equal(module.student.model.state_dict()["head.weight"], raw)
+    with suppress(KeyError), averaged_product(trainer, module):
+        raise KeyError
+    assert torch.equal(module.student.model.state_dict()["head.weight"], raw)

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from softgen.fit import StageCLI, main
-from softgen.models import MaskedTransformer
+from softgen.metrics.classifier import SmallClassifier
+from softgen.models import MaskedTransformer, OneStepGenerator
 from softgen.recipes import STAGES, find_recipe
 from softgen.tokenizers import ConvVQTokenizer
 from softgen.training import Stage
@@ -15,18 +16,19 @@ from softgen.training import Stage
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
 
 
-def _models(folder: Path, config: str) -> list[str]:
-    """Untrained stand-ins, of the sizes that the recipe itself gives, for what earlier stages leave."""
-    digits = "digits" in config
-    size, codes, channels = (8, 64, [8, 8]) if digits else (28, 256, [8, 8, 8])
+def _stand_ins(root: Path, name: str) -> None:
+    """Untrained models, of the sizes that the recipes give, where earlier stages leave theirs."""
+    size, codes, channels = (8, 64, [8, 8]) if name == "digits" else (28, 256, [8, 8, 8])
     tokenizer = ConvVQTokenizer(image_size=size, num_codes=codes, channels=channels)
     teacher = MaskedTransformer(
         num_codes=codes, num_sites=tokenizer.num_sites, num_classes=10, width=8, depth=1, heads=1
     )
-    teacher.save_pretrained(folder / "teacher", tokenizer=tokenizer)
-    if "teacher:" in config:
-        return [f"--model.init_args.teacher={folder / 'teacher'}"]
-    return [f"--model.init_args.tokenizer={folder / 'teacher'}"] if "tokenizer: runs" in config else []
+    tokenizer.save_pretrained(root / "1_tokenizer" / "model")
+    teacher.save_pretrained(root / "2_teacher" / "model", tokenizer=tokenizer)
+    teacher.save_pretrained(root / "3_dimo" / "auxiliary")
+    OneStepGenerator(teacher).save_pretrained(root / "3_dimo" / "model", tokenizer=tokenizer)
+    for judge in ("extractor", "judge"):
+        SmallClassifier(name=judge, image_size=size, num_classes=10, width=2).save_pretrained(root / judge)
 
 
 def test_there_are_recipes() -> None:
@@ -40,13 +42,16 @@ def test_recipe_instantiates(path: Path, tmp_path: Path) -> None:
     text = path.read_text()
     stem = f"runs/{path.parent.name}/{path.stem}"
     assert re.search(rf"^run_dir: {stem}$", text, flags=re.MULTILINE), "a recipe writes to the folder of its name"
-    words = [f"--config={path}", f"--run_dir={tmp_path}", "--trainer.accelerator=cpu", "--threads=1"]
+    _stand_ins(tmp_path, path.parent.name)
+    config = find_recipe(path.parent.name).write_config(path.stem, tmp_path)
+    assert "runs/" not in config.read_text(), "every path of a recipe is under the folder of its data set"
+    words = [f"--config={config}", "--trainer.accelerator=cpu", "--threads=1"]
 
     class NotRunning(StageCLI):
         def _run_subcommand(self, subcommand: str) -> None:
             pass
 
-    cli = main([*words, *_models(tmp_path, text)], cli_class=NotRunning)
+    cli = main(words, cli_class=NotRunning)
     assert isinstance(cli.model, Stage)
     assert sum(parameter.numel() for parameter in cli.model.product.parameters()) > 0
     assert cli.trainer.max_steps > 0

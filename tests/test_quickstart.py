@@ -9,7 +9,7 @@ import pytest
 from softgen import evaluate, load_generator, load_model, load_tokenizer, sample
 from softgen.quickstart import main as quickstart
 
-ROWS = ["tokenizer", "teacher_1", "teacher_4", "teacher_8", "teacher_16", "dimo"]
+ROWS = ["tokenizer", "teacher_1", "teacher_4", "teacher_8", "teacher_16", "dimo", "dimo_gan", "dimo_reward", "tteo"]
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def test_metrics(run: Path) -> None:
     assert metrics["wall_seconds"] > 0
     assert [row["name"] for row in metrics["rows"]] == ROWS
     for row in metrics["rows"]:
-        assert row.keys() == {"name", "fd", "n", "accuracy", "precision", "recall", "seconds"}
+        assert row.keys() == {"name", "fd", "n", "accuracy", "precision", "recall", "reward", "seconds"}
         assert row["n"] == 80
         assert row["fd"] > 0
         assert 0 <= row["accuracy"] <= 1

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 from rewards import Reward, check_reward
 from softgen.cli import run_command
@@ -58,13 +59,19 @@ def tteo(
 
 
 def write_result(result: TTEOResult, folder: Path) -> None:
-    """Write images/*.png, before_after.png (start above, best below), curve.png and scores.json."""
+    """Write the result to a folder.
+
+    Files: images/*.png, before_after.png (start above, best below), curve.png, scores.json, and result.safetensors with
+    the `tokens` and the input `embeddings` of the best images, and the `start_tokens`.
+    """
     for index, image in enumerate(result.images):
         save_image(image, folder / "images" / f"{index:05d}.png")
     shown = min(20, len(result.images))
     pairs = torch.cat([result.start_images[:shown], result.images[:shown]])
     save_grid(pairs, folder / "before_after.png", columns=shown)
     _write_curve(result, folder / "curve.png")
+    kept = {"tokens": result.tokens, "embeddings": result.embeddings, "start_tokens": result.start_tokens}
+    save_file({name: value.cpu().contiguous() for name, value in kept.items()}, folder / "result.safetensors")
     scores = {
         "before": result.before.tolist(),
         "after": result.after.tolist(),

@@ -21,7 +21,7 @@ from softgen.models.generator import OneStepGenerator
 from softgen.random import SampleRandom, derive_seed
 from softgen.relaxation import probabilities
 from softgen.tokenizers.base import ImageTokenizer
-from tteo.result import TTEOResult
+from tteo.result import TTEOResult, concatenate
 
 Conditions = Tensor | Sequence[str]
 
@@ -48,6 +48,7 @@ class TTEOSettings:
         temperature: Of the sampled tokens, above 0.
         patience: Stop when no sample has improved for so many steps; 0 never stops early.
         keep_every: Steps between the images of the trajectory; 0 keeps none.
+        batch_size: Conditions optimised at a time, which bounds the memory; 0 takes all at once.
     """
 
     steps: int = 30
@@ -59,6 +60,7 @@ class TTEOSettings:
     temperature: float = 1.0
     patience: int = 0
     keep_every: int = 0
+    batch_size: int = 0
 
     def check(self) -> None:
         """Refuse impossible settings.
@@ -66,7 +68,7 @@ class TTEOSettings:
         Raises:
             ValueError: Naming the setting, what was expected and what was got.
         """
-        for name, least in (("steps", 1), ("candidates", 1), ("patience", 0), ("keep_every", 0)):
+        for name, least in (("steps", 1), ("candidates", 1), ("patience", 0), ("keep_every", 0), ("batch_size", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
         for name in ("lr", "temperature"):
@@ -108,9 +110,15 @@ def optimize(
     if len(conditions) == 0:
         raise ValueError("conditions: expected at least one label or prompt, got none")
     check_compatible(generator.model, tokenizer)
-    search = _Search(generator, tokenizer, reward, judge or reward, conditions, settings=settings, seed=seed)
+    size = settings.batch_size or len(conditions)
     with _frozen(generator, tokenizer, reward, judge):
-        return search.run()
+        parts = []
+        for first in range(0, len(conditions), size):
+            part = conditions[first : first + size]
+            start = first * settings.candidates
+            search = _Search(generator, tokenizer, reward, judge or reward, part, settings, seed=seed, first=start)
+            parts.append(search.run())
+    return concatenate(parts)
 
 
 class _Search:
@@ -123,16 +131,18 @@ class _Search:
         reward: Score,
         judge: Score,
         conditions: Conditions,
-        *,
         settings: TTEOSettings,
+        *,
         seed: int,
+        first: int,
     ) -> None:
         self.generator, self.tokenizer, self.reward, self.judge = generator, tokenizer, reward, judge
         self.settings = settings
         self.device = tokenizer.codebook.device
         self.conditions = _repeat(conditions, settings.candidates, self.device)
         self.condition: Condition = _encode(generator, self.conditions)
-        noise = SampleRandom(derive_seed(seed, "tteo"), range(len(self.conditions)), device=self.device)
+        ordinals = range(first, first + len(self.conditions))
+        noise = SampleRandom(derive_seed(seed, "tteo"), ordinals, device=self.device)
         with torch.no_grad():
             self.start = generator.init(noise)
         # The same uniforms at every step: the hard images differ by the embedding alone.
@@ -166,6 +176,7 @@ class _Search:
             before=start.scores,
             after=best.scores,
             start_images=start.images,
+            start_tokens=start.tokens,
             soft_scores=torch.stack(soft_history) if soft_history else best.scores.new_empty(0, len(best.scores)),
             hard_scores=torch.stack(hard_history),
             best_step=best.step,

@@ -16,10 +16,9 @@ from distill.weighting import weigh
 from rewards import ClassifierReward, Normalisation
 from rewards import Reward as RewardModel
 from softgen.callbacks import StopOnNonFinite
-from softgen.data import Labels, TokenCache, write_token_cache
-from softgen.data.digits import Digits
+from softgen.data import Digits, Labels, TokenCache, write_token_cache
 from softgen.metrics.hacking import colour_entropy, diversity, saturation
-from softgen.models import MaskedTransformer
+from softgen.models import MaskedDiffusionModel, MaskedTransformer
 from softgen.random import SampleRandom, derive_seed
 from softgen.relaxation import Relaxation, gumbel_noise, probabilities
 from softgen.testing import ToyMaskedModel, ToyTokenizer, count_calls
@@ -52,6 +51,13 @@ class Brightness(RewardModel):
 
     def forward(self, images: Tensor, conditions: object) -> Tensor:
         return images.mean(dim=(1, 2, 3))
+
+
+class Redness(Brightness):
+    """The mean of the first channel."""
+
+    def forward(self, images: Tensor, conditions: object) -> Tensor:
+        return images[:, 0].mean(dim=(1, 2))
 
 
 class Scripted(RewardModel):
@@ -90,7 +96,7 @@ def teacher() -> MaskedTransformer:
     return model
 
 
-def _module(teacher: MaskedTransformer, tokenizer: ImageTokenizer | None, *objectives: object) -> SoftDiMO:
+def _module(teacher: MaskedDiffusionModel, tokenizer: ImageTokenizer | None, *objectives: object) -> SoftDiMO:
     return SoftDiMO(teacher=teacher, tokenizer=tokenizer, objectives=list(objectives))  # type: ignore[arg-type]
 
 
@@ -185,14 +191,15 @@ def test_micro_batches_and_checkpointing_leave_the_gradient_alone(
 
 @pytest.mark.parametrize("kind", ["soft", "st"])
 def test_gradient_is_that_of_the_exact_expectation_where_decoder_and_reward_are_linear(kind: str) -> None:
-    teacher = ToyMaskedModel.random(num_classes=3, num_sites=4, num_codes=3)
-    tokenizer, objective = ToyTokenizer(num_codes=3), Reward(rewards=[Brightness()], relaxation=Relaxation(kind=kind))  # type: ignore[arg-type]
-    module = SoftDiMO(teacher=teacher, tokenizer=tokenizer, objectives=[objective]).double()
+    teacher, tokenizer = ToyMaskedModel.random(num_classes=3, num_sites=4, num_codes=3), ToyTokenizer(num_codes=3)
+    tokenizer.levels.mul_(0.5).add_(0.25)  # away from the clamp to [0, 1]
+    objective = Reward(rewards=[Brightness()], relaxation=Relaxation(kind=kind))  # type: ignore[arg-type]
+    module = _module(teacher, tokenizer, objective).double()
     logits = torch.randn(BATCH, 4, 3, dtype=torch.float64).requires_grad_()
     got = _gradient(objective, module, logits)
     # Over all 81 images: sum of p(tokens) reward(decode(tokens)).
     states = teacher.states
-    scores = Brightness()(tokenizer.decode(states), torch.zeros(len(states), dtype=torch.long))
+    scores = tokenizer.decode(states).mean(dim=(1, 2, 3))
     log_p = logits.log_softmax(-1).unsqueeze(1).expand(-1, len(states), -1, -1)
     joint = log_p.gather(-1, states.expand(BATCH, -1, -1).unsqueeze(-1)).sum(dim=(-1, -2)).exp()
     (expected,) = torch.autograd.grad(-(joint * scores).sum(dim=1).mean(), logits)
@@ -400,13 +407,9 @@ def test_broken_reward_is_refused_before_training(
 
 
 def test_reward_by_name() -> None:
-    objective = Reward(rewards=[f"{__name__}.Pattern", Brightness()], held_out=[f"{__name__}:Scripted2"])
+    objective = Reward(rewards=[f"{__name__}.Pattern", Brightness()], held_out=[f"{__name__}:Redness"])
     assert objective.rewards.names == ("pattern", "Brightness")
-    assert objective.frozen_modules().keys() == {"rewards", "held_out_Scripted2"}
-
-
-class Scripted2(Brightness):
-    """A second one under a name of its own."""
+    assert objective.frozen_modules().keys() == {"rewards", "held_out_Redness"}
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,5 @@
+import copy
+import json
 import math
 from pathlib import Path
 
@@ -5,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from distill import DiMO, SoftDiMO
 from softgen.models import ClassCondition, MaskedTransformer, OneStepGenerator
 from softgen.random import SampleRandom
 from softgen.testing import ToyMaskedModel, count_calls
@@ -17,10 +20,12 @@ def noise(ordinals: range = range(B)) -> SampleRandom:
     return SampleRandom(0, ordinals, device=CPU)
 
 
-def generator(*, r_init: float = 0.6, perturbation: float = 0.1) -> OneStepGenerator:
+def generator(*, r_init: float = 0.6, perturbation: float = 0.1, logit_scale: float = 1.0) -> OneStepGenerator:
     torch.manual_seed(1)
     model = MaskedTransformer(num_codes=K, num_sites=N, num_classes=2, width=D, depth=1, heads=2)
-    return OneStepGenerator(model, r_init=r_init, noise=perturbation, metadata={"guidance": 1.5})
+    return OneStepGenerator(
+        model, r_init=r_init, noise=perturbation, logit_scale=logit_scale, metadata={"guidance": 1.5}
+    )
 
 
 @pytest.mark.parametrize(("r_init", "masks"), [(0.0, 0), (0.01, 1), (0.3, 3), (0.6, 6), (1.0, 10)])
@@ -100,3 +105,66 @@ def test_metadata_added_later_is_saved(tmp_path: Path) -> None:
     student.save_pretrained(tmp_path / "student")
     again = OneStepGenerator.from_pretrained(tmp_path / "student")
     assert again.metadata == {"guidance": 1.5, "steps": 100}
+
+
+@pytest.mark.parametrize("scale", [0.25, 1.0, 3.0])
+def test_logits_are_scaled_and_stay_so_in_a_folder(scale: float, tmp_path: Path) -> None:
+    plain, student = generator(), generator(logit_scale=scale)
+    e_in, condition = plain.init(noise()), ClassCondition.of(torch.arange(B) % 2)
+    assert torch.equal(student(e_in, condition), scale * plain(e_in, condition))
+    student.scale_logits(2.0)
+    assert student.logit_scale == 2 * scale
+    student.save_pretrained(tmp_path / "student")
+    again = OneStepGenerator.from_pretrained(tmp_path / "student")
+    assert again.logit_scale == 2 * scale
+    assert torch.equal(again(e_in, condition), 2 * scale * plain(e_in, condition))
+    assert again.model.state_dict().keys() == plain.model.state_dict().keys()
+
+
+def test_a_folder_without_a_scale_opens_with_one(tmp_path: Path) -> None:
+    student, condition = generator(), ClassCondition.of(torch.arange(B) % 2)
+    student.save_pretrained(tmp_path / "student")
+    path = tmp_path / "student" / "config.json"
+    config = json.loads(path.read_text())
+    del config["init_args"]["logit_scale"]
+    path.write_text(json.dumps(config))
+    again = OneStepGenerator.from_pretrained(tmp_path / "student")
+    assert again.logit_scale == 1
+    assert torch.equal(again(again.init(noise()), condition), student(student.init(noise()), condition))
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_sharpening_divides_the_students_logits_once(given: bool) -> None:
+    student = generator(logit_scale=4.0)
+    condition = ClassCondition.of(torch.arange(B) % 2)
+    stages = [
+        SoftDiMO(
+            teacher=student.model,
+            student=copy.deepcopy(student) if given else None,
+            objectives=[DiMO(guidance=1.0)],
+            sharpen=sharpen,
+        )
+        for sharpen in (1.0, 0.5)
+    ]
+    e_in = student.init(noise())
+    blunt, sharp = (stage.student(e_in, condition) for stage in stages)
+    assert torch.equal(blunt, (4 if given else 1) * student.model(e_in, condition))
+    assert torch.equal(sharp, 2 * blunt)
+    assert (sharp.softmax(-1).amax(-1) > blunt.softmax(-1).amax(-1)).all()
+    assert torch.equal(stages[1].teacher(e_in, condition), student.model(e_in, condition))
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("inf"), float("nan")])
+def test_scales_that_are_not_above_zero_are_refused(value: float) -> None:
+    with pytest.raises(ValueError, match=rf"^generator.logit_scale: expected a finite number above 0, got {value}$"):
+        generator(logit_scale=value)
+    with pytest.raises(ValueError, match=rf"^model.sharpen: expected a finite number above 0, got {value}$"):
+        SoftDiMO(teacher=generator().model, sharpen=value)
+
+
+@pytest.mark.parametrize("factor", [0.0, -1.0, float("inf"), float("nan")])
+def test_factors_that_are_not_above_zero_are_refused(factor: float) -> None:
+    student = generator()
+    with pytest.raises(ValueError, match=f"expected a finite number above 0, got {factor}$"):
+        student.scale_logits(factor)
+    assert student.logit_scale == 1
