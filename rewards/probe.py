@@ -8,7 +8,9 @@ from rewards.conditions import Conditions
 from rewards.errors import one_line
 
 
-def check_reward(reward: Reward, *, image_size: int | tuple[int, int], conditions: Conditions) -> None:
+def check_reward(
+    reward: Reward, *, image_size: int | tuple[int, int], conditions: Conditions, gradient: bool = True
+) -> None:
     """Score random images and follow the gradient back to their pixels.
 
     The images come from a generator of their own: the global random state is left as it was.
@@ -17,6 +19,7 @@ def check_reward(reward: Reward, *, image_size: int | tuple[int, int], condition
         reward: On the device and in the precision in which it will be used.
         image_size: Height and width of the images in pixels; one number for both.
         conditions: B prompts or labels, of the kind that the reward will get.
+        gradient: Whether the gradient is asked for; a reward that is only logged needs none.
 
     Raises:
         ValueError: In one line with the reward's name: it cannot score such images, its scores have the wrong shape or
@@ -31,11 +34,13 @@ def check_reward(reward: Reward, *, image_size: int | tuple[int, int], condition
         try:
             scores = reward(images, conditions)
             _check_finite(scores, what="scores", reward=reward)
-            gradient = _gradient(scores, images, reward=reward)
+            if not gradient:
+                return
+            slope = _gradient(scores, images, reward=reward)
         except RuntimeError as error:
-            wanted = f"to score images of {height}x{width} with a gradient"
+            wanted = f"to score images of {height}x{width}{' with a gradient' if gradient else ''}"
             raise ValueError(f"reward {reward.name}: expected {wanted}, got an error ({one_line(error)})") from error
-        _check_finite(gradient, what="gradients", reward=reward)
+        _check_finite(slope, what="gradients", reward=reward)
 
 
 def _gradient(scores: Tensor, images: Tensor, *, reward: Reward) -> Tensor:

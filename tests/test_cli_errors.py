@@ -130,7 +130,7 @@ def test_teacher_options(fails: Fails, teacher: str, option: str, message: str) 
     [
         ("r_init=1.2", "generator.r_init: expected a number in [0, 1], got 1.2"),
         ("noise=-1", "generator.noise: expected a number in [0, 1], got -1.0"),
-        ("temperature=0", "model.temperature: expected a number above 0, got 0.0"),
+        ("temperature=0", "model.temperature: expected a finite number above 0, got 0.0"),
         ("objectives=[]", "model.objectives: expected at least one objective, got none"),
     ],
 )

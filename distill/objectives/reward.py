@@ -6,7 +6,7 @@ codes, so that the gradient of the rewards reaches the student.
 Shape legend: B batch, N sites, K codes, D width of a code vector, M images a micro-batch.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -27,8 +27,8 @@ from softgen.tokenizers.base import ImageTokenizer
 class Reward(Objective):
     """L_reward = -mean over the batch of sum_i w_i R_i(decode(softmax(z) E_decoder), condition).
 
-    Beside each reward it logs the signs of reward hacking: saturation and entropy of the colours, and the mean distance
-    between the samples' decoder embeddings (diversity).
+    Beside each reward, as `score_<name>`, it logs the signs of reward hacking: saturation and entropy of the colours, and
+    the mean distance between the samples' decoder embeddings (diversity).
 
     Args:
         rewards: What is climbed: reward models, or names that `python -m rewards list` shows, for those that need no
@@ -99,11 +99,18 @@ class Reward(Objective):
         return self._frozen
 
     def setup(self, teacher: MaskedDiffusionModel, tokenizer: ImageTokenizer | None) -> None:
-        """Probe every reward with a gradient before anything is trained."""
+        """Probe every reward before anything is trained; those that are climbed with a gradient."""
         assert tokenizer is not None
-        for reward in self.rewards.rewards:
+        labels = torch.tensor([0, max(0, teacher.num_classes - 1)])
+        for name, reward in self._by_name():
+            climbed = self.rewards.weights.get(name, 0) != 0
+            check_reward(reward, image_size=tokenizer.image_size, conditions=labels, gradient=climbed)
+
+    def _by_name(self) -> Iterable[tuple[str, RewardModel]]:
+        held_out = [reward for name, reward in self._frozen.items() if name != "rewards"]
+        for reward in (*self.rewards.rewards, *held_out):
             assert isinstance(reward, RewardModel)
-            check_reward(reward, image_size=tokenizer.image_size, conditions=torch.zeros(2, dtype=torch.long))
+            yield reward.name, reward
 
     def forward(self, state: DistillState) -> ObjectiveLosses:
         """Decode, score, and take the gradient at the decoder embeddings, one micro-batch after the other."""
@@ -123,7 +130,7 @@ class Reward(Objective):
             scores.append({name: score.detach() for name, score in by_name.items()})
         means = {name: torch.cat([part[name] for part in scores]) for name in self.rewards.names}
         value = -self.rewards.combine(means).mean()
-        logs = {name: score.float().mean() for name, score in means.items()}
+        logs = {f"score_{name}": score.float().mean() for name, score in means.items()}
         logs.update(self._watch(torch.cat(images), embeddings.detach(), conditions, state.step))
         return ObjectiveLosses(generator=with_value_and_gradient(embeddings, torch.cat(gradients), value), logs=logs)
 
@@ -153,10 +160,13 @@ class Reward(Objective):
             "colour_entropy": colour_entropy(images),
             "diversity": diversity(embeddings),
         }
-        if step % self.held_out_every == 0:
+        # Counted as Lightning counts the steps that it logs.
+        if (step + 1) % self.held_out_every == 0:
+            size = self.micro_batch or len(images)
+            parts = list(zip(torch.split(images, size), torch.split(conditions, size), strict=True))
             for name, reward in self._frozen.items():
                 if name != "rewards":
-                    logs[name] = reward(images, conditions).float().mean()
+                    logs[name] = torch.cat([reward(part, asked) for part, asked in parts]).float().mean()
         return logs
 
 

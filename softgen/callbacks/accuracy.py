@@ -63,7 +63,8 @@ class AccuracyWatch(Callback):
                 "accuracy_watch.classifier: expected none, since the stage trains no class-conditional one-step "
                 f"generator, got {self.classifier}"
             )
-        self._judge = SmallClassifier.from_pretrained(self.classifier, key="accuracy_watch.classifier")
+        with torch.random.fork_rng(devices=[]):  # building a module draws its weights
+            self._judge = SmallClassifier.from_pretrained(self.classifier, key="accuracy_watch.classifier")
         for name, expected, got in (
             ("num_classes", generator.model.num_classes, self._judge.num_classes),
             ("image_size", tokenizer.image_size, self._judge.image_size),
@@ -79,7 +80,7 @@ class AccuracyWatch(Callback):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure and compare."""
-        if self._before is not None and not trainer.sanity_checking:
+        if self._judge is not None and self._before is not None and not trainer.sanity_checking:
             pl_module.log("val/accuracy", self._compare(trainer, pl_module), sync_dist=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -118,9 +119,10 @@ class AccuracyWatch(Callback):
         return class_accuracy(seen.logits, labels)
 
     def state_dict(self) -> dict[str, Any]:
-        """The accuracy before training."""
-        return {"before": self._before}
+        """The accuracy before training, and what it was measured with."""
+        return {"before": self._before, "classifier": self.classifier, "samples": self.samples}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what `state_dict` gave."""
-        self._before = state_dict["before"]
+        """Restore what `state_dict` gave; what was measured otherwise is no baseline, and this run starts its own."""
+        if (state_dict["classifier"], state_dict["samples"]) == (self.classifier, self.samples):
+            self._before = state_dict["before"]

@@ -31,9 +31,10 @@ def colour_entropy(images: Tensor) -> Tensor:
     bins = (images * _BINS).long().clamp(0, _BINS - 1)
     colours = (bins[:, 0] * _BINS + bins[:, 1]) * _BINS + bins[:, 2]
     # index_add and not bincount, which makes a GPU wait to learn its own output's size.
-    counts = torch.zeros(_BINS**3, device=images.device).index_add_(
-        0, colours.flatten(), torch.ones(colours.numel(), device=images.device)
-    )
+    # Integers: float32 stops counting at 2^24 pixels.
+    colours = colours.flatten()
+    counts = torch.zeros(_BINS**3, dtype=torch.long, device=images.device)
+    counts.index_add_(0, colours, torch.ones_like(colours))
     entropy: Tensor = torch.special.entr(counts / colours.numel()).sum()
     return entropy
 

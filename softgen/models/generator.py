@@ -49,8 +49,7 @@ class OneStepGenerator(Pretrained):
         for name, value in (("r_init", r_init), ("noise", noise)):
             if not 0 <= value <= 1:
                 raise ValueError(f"generator.{name}: expected a number in [0, 1], got {value}")
-        if not 0 < logit_scale < math.inf:
-            raise ValueError(f"generator.logit_scale: expected a finite number above 0, got {logit_scale}")
+        _check_scale(logit_scale, key="generator.logit_scale")
         model.check(key="generator.model")
         self.model = model
         self.r_init = r_init
@@ -70,7 +69,13 @@ class OneStepGenerator(Pretrained):
         return float(self.config["logit_scale"])
 
     def scale_logits(self, factor: float) -> None:
-        """Multiply all logits by a constant from now on; above 1 sharpens."""
+        """Multiply all logits by a constant from now on; above 1 sharpens.
+
+        Raises:
+            ValueError: If the factor, or the scale that it leads to, is not finite and above 0.
+        """
+        _check_scale(factor, key="factor")
+        _check_scale(self.logit_scale * factor, key="generator.logit_scale")
         self.config["logit_scale"] = self.logit_scale * factor
 
     def init_tokens(self, noise: NoiseSource) -> Tensor:
@@ -113,3 +118,8 @@ class OneStepGenerator(Pretrained):
             temperature: Of the drawn codes; 0 takes the likeliest.
         """
         return sample_categorical(self.logits(self.init(noise), condition), noise, temperature=temperature)
+
+
+def _check_scale(scale: float, *, key: str) -> None:
+    if not 0 < scale < math.inf:
+        raise ValueError(f"{key}: expected a finite number above 0, got {scale}")

@@ -163,8 +163,8 @@ def test_value_is_minus_the_mean_composite_score(teacher: MaskedTransformer, tok
     (got,) = torch.autograd.grad(result.generator, logits)
     torch.testing.assert_close(got, by_hand, rtol=1e-10, atol=1e-15)
     assert result.critic is None
-    assert result.logs["first"].item() == pytest.approx(a.mean().item(), rel=1e-6)
-    assert result.logs["second"].item() == pytest.approx(b.mean().item(), rel=1e-6)
+    assert result.logs["score_first"].item() == pytest.approx(a.mean().item(), rel=1e-6)
+    assert result.logs["score_second"].item() == pytest.approx(b.mean().item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("checkpoint_decoder", [False, True])
@@ -245,11 +245,11 @@ def test_held_out_rewards_are_logged_now_and_then_and_never_climbed(
     plain = _gradient(alone, _module(teacher, tokenizer, alone).double(), logits)
     module = _module(teacher, tokenizer, objective).double()
     expected = watched(_images(tokenizer, logits), LABELS).mean().item()
-    for step in range(5):
+    for step in range(6):
         result = objective(_state(module, logits, step=step))
         (got,) = torch.autograd.grad(result.generator, logits)
         torch.testing.assert_close(got, plain, rtol=1e-10, atol=1e-15)
-        if step % 3 == 0:
+        if step % 3 == 2:
             assert result.logs["held_out_other"].item() == pytest.approx(expected, rel=1e-6)
         else:
             assert "held_out_other" not in result.logs
@@ -263,7 +263,7 @@ def test_signs_of_hacking_are_logged_over_the_whole_batch(
     module, logits = _module(teacher, tokenizer, objective), _logits()
     logs = objective(_state(module, logits, step=7)).logs
     images, embeddings = _images(tokenizer, logits), tokenizer.embed_soft(logits.softmax(-1))
-    assert logs.keys() == {"pattern", "saturation", "colour_entropy", "diversity"}
+    assert logs.keys() == {"score_pattern", "saturation", "colour_entropy", "diversity"}
     assert logs["saturation"].item() == pytest.approx(saturation(images).item(), rel=1e-5) != 0
     assert logs["colour_entropy"].item() == pytest.approx(colour_entropy(images).item(), rel=1e-5) != 0
     assert logs["diversity"].item() == pytest.approx(diversity(embeddings).item(), rel=1e-5) != 0
@@ -325,7 +325,7 @@ def test_training_moves_the_student_and_no_frozen_model(tokenizer: ConvVQTokeniz
         ClassifierReward(nn.Sequential(nn.Flatten(), nn.BatchNorm1d(192), nn.Linear(192, 10)), name=name)
         for name in ("judge", "other")
     ]
-    objective = Reward(rewards=judges[:1], held_out=judges[1:], weight="auto", weight_ratio=0.5)
+    objective = Reward(rewards=judges[:1], held_out=judges[1:], held_out_every=4, weight="auto", weight_ratio=0.5)
     module = SoftDiMO(
         teacher=teacher,
         tokenizer=tokenizer,
@@ -346,7 +346,7 @@ def test_training_moves_the_student_and_no_frozen_model(tokenizer: ConvVQTokeniz
     trained = {name: value for name, value in module.student.named_parameters() if value.requires_grad}
     assert all(not torch.equal(value, start[name]) for name, value in trained.items())
     logged = {name.removeprefix("train/reward") for name in trainer.callback_metrics if "train/reward" in name}
-    extras = {"_judge", "_held_out_other", "_weight", "_saturation", "_colour_entropy", "_diversity"}
+    extras = {"_score_judge", "_held_out_other", "_weight", "_saturation", "_colour_entropy", "_diversity"}
     assert logged == {"", *extras}
     trainer.save_checkpoint(tmp_path / "run.ckpt")
     saved = torch.load(tmp_path / "run.ckpt", weights_only=True)
@@ -368,7 +368,7 @@ def test_reward_that_turns_nan_in_training_stops_the_run_with_its_name(
     objective = Reward(rewards=[Brightness(), Scripted(turns, name="turns")])
     module = _module(teacher, tokenizer, DiMO(guidance=1.5), objective)
     trainer = _trainer(StopOnNonFinite(check_every=1))
-    message = "reward, reward_turns: expected a finite value, got NaN or infinity at step 3"
+    message = "reward, reward_score_turns: expected a finite value, got NaN or infinity at step 3"
     with pytest.raises(ValueError, match=f"^{message}$"):
         trainer.fit(module, datamodule=Labels(3, batch_size=4))
 
@@ -449,3 +449,31 @@ def test_a_tokenizer_is_needed_to_decode(teacher: MaskedTransformer) -> None:
     message = "model.tokenizer: expected a tokenizer, since reward decodes images, got none"
     with pytest.raises(ValueError, match=f"^{message}$"):
         _module(teacher, None, DiMO(guidance=1.0), Reward(rewards=[Brightness()]))
+
+
+def test_the_probe_asks_for_every_class(teacher: MaskedTransformer, tokenizer: ConvVQTokenizer) -> None:
+    too_few = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, teacher.num_classes - 1))
+    with pytest.raises(ValueError, match="reward classifier: expected labels in "):
+        _module(teacher, tokenizer, Reward(rewards=[ClassifierReward(too_few)]))
+
+
+def test_rewards_that_are_not_climbed_need_no_gradient_but_scores(
+    teacher: MaskedTransformer, tokenizer: ConvVQTokenizer
+) -> None:
+    class Detached(RewardModel):
+        takes = "any"
+
+        def forward(self, images: Tensor, conditions: object) -> Tensor:
+            return images.detach().mean(dim=(1, 2, 3))
+
+    class Scalar(Detached):
+        def forward(self, images: Tensor, conditions: object) -> Tensor:
+            return images.mean()
+
+    _module(
+        teacher,
+        tokenizer,
+        Reward(rewards=[Pattern(), Detached()], weights=[1.0, 0.0], held_out=[Detached(name="held")]),
+    )
+    with pytest.raises(ValueError, match="reward Scalar: expected scores of shape"):
+        _module(teacher, tokenizer, Reward(rewards=[Pattern()], held_out=[Scalar()]))
