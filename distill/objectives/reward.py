@@ -27,8 +27,8 @@ from softgen.tokenizers.base import ImageTokenizer
 class Reward(Objective):
     """L_reward = -mean over the batch of sum_i w_i R_i(decode(softmax(z) E_decoder), condition).
 
-    Beside each reward, as `score_<name>`, it logs the signs of reward hacking: saturation and entropy of the colours, and
-    the mean distance between the samples' decoder embeddings (diversity).
+    Beside each reward, as `score_<name>`, it logs the signs of reward hacking: saturation and entropy of the colours,
+    and the mean distance between the samples' decoder embeddings (diversity).
 
     Args:
         rewards: What is climbed: reward models, or names that `python -m rewards list` shows, for those that need no
