@@ -12,7 +12,7 @@ import json
 import statistics
 import time
 from collections.abc import Mapping
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
@@ -49,13 +49,13 @@ class Arm:
     Attributes:
         name: In the table, and of its folder.
         objectives: The terms: `dimo`, `gan`, `reward`, `sharpen` -> options that differ from the recipe's.
-        steps: Steps of the student, as a multiple of those of every arm.
+        cost: Steps in all, as a multiple of those of the other arms.
         sharpen: Divides the student's logits before the start.
     """
 
     name: str
     objectives: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    steps: float = 1.0
+    cost: float = 1.0
     sharpen: float = 1.0
 
 
@@ -72,13 +72,13 @@ def arms(*, equal_compute: float, steps: int) -> list[Arm]:
 
     Args:
         equal_compute: Steps of Di[M]O alone that take the time of one step with the GAN.
-        steps: Steps of the student in every arm, which the annealed temperature falls over.
+        steps: Steps of an arm in all, which the annealed temperature falls over.
     """
     annealed = {"kind": "annealed", "temperature": 1.0, "final_temperature": 0.3, "anneal_steps": steps}
     return [
         Arm("control", {"dimo": {}}),
         Arm("gan_soft", _gan()),
-        Arm("control_equal_compute", {"dimo": {}}, steps=equal_compute),
+        Arm("control_equal_compute", {"dimo": {}}, cost=equal_compute),
         Arm("entropy_only", {"dimo": {}, "sharpen": {}}),
         Arm("gan_gumbel_st", _relaxed(kind="gumbel_st")),
         Arm("gan_st", _relaxed(kind="st")),
@@ -159,7 +159,7 @@ def benchmark(
     for setting in settings:
         _prepare(setting)
     cost = _step_cost(settings[0])
-    chosen = [arm for arm in arms(equal_compute=cost["ratio"], steps=steps) if only is None or arm.name in only]
+    chosen = [arm for arm in arms(equal_compute=cost["ratio"], steps=critic_steps + steps) if only is None or arm.name in only]
     jobs = [(setting, arm) for arm in chosen for setting in settings]
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         started = [pool.submit(_run_arm, setting, Arm("start")) for setting in settings]
@@ -167,8 +167,12 @@ def benchmark(
         started += [
             pool.submit(_run_tteo, setting, arm, tteo_n) for setting in settings for arm in ("start", "gan_soft")
         ]
-        for future in started:
-            future.result()
+        try:
+            for future in as_completed(started):
+                future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
     names = ["start", *(arm.name for arm in chosen)]
     content = {
         "command": f"python benchmarks/soft_dimo.py --data_root FOLDER --steps {steps} --critic_steps {critic_steps}",
@@ -224,9 +228,10 @@ def _config(setting: Setting, arm: Arm) -> dict[str, Any]:
         "init_args": {"batch_size": 64, "root": str(setting.tokens)},
     }
     critic_steps = setting.critic_steps if arm.objectives.keys() & {"dimo", "gan"} else 0
+    total = round(arm.cost * (critic_steps + setting.steps))
     config["run_dir"] = str(folder)
     config["seed"] = setting.seed
-    config["trainer"] |= {"max_steps": critic_steps + round(arm.steps * setting.steps), "limit_val_batches": 0}
+    config["trainer"] |= {"max_steps": total, "limit_val_batches": 0}
     config["accuracy_watch"]["classifier"] = str(setting.pipeline / "extractor")
     return config
 
