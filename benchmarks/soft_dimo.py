@@ -159,7 +159,8 @@ def benchmark(
     for setting in settings:
         _prepare(setting)
     cost = _step_cost(settings[0])
-    chosen = [arm for arm in arms(equal_compute=cost["ratio"], steps=critic_steps + steps) if only is None or arm.name in only]
+    known = arms(equal_compute=cost["ratio"], steps=critic_steps + steps)
+    chosen = [arm for arm in known if only is None or arm.name in only]
     jobs = [(setting, arm) for arm in chosen for setting in settings]
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         started = [pool.submit(_run_arm, setting, Arm("start")) for setting in settings]
