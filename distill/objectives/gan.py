@@ -19,8 +19,57 @@ from softgen.relaxation import Relaxation, widen
 from softgen.tokenizers.base import ImageTokenizer
 from softgen.training.optimization import OptimizerConfig, ParameterGroup
 
-Head = Literal["pooled", "per_token"]
+Head = Literal["pooled", "per_token", "spatial"]
 AdversarialLoss = Literal["hinge", "non_saturating"]
+_SPATIAL_WIDTH = 16
+
+
+class TokenHead(nn.Module):
+    """Judges tokens, each told the condition; as `pooled` their mean, else each of them, and averages the verdicts.
+
+    Args:
+        width: d of the tokens.
+        condition_dim: c.
+        hidden: Inner width.
+        pooled: Whether the mean over tokens is judged.
+    """
+
+    def __init__(self, *, width: int, condition_dim: int, hidden: int, pooled: bool) -> None:
+        super().__init__()
+        self.pooled = pooled
+        self.judge = nn.Sequential(nn.Linear(width + condition_dim, hidden), nn.GELU(), nn.Linear(hidden, 1))
+
+    def forward(self, tokens: Tensor, condition: Tensor) -> Tensor:
+        """Verdicts (B,) on tokens (B, L, d) under the condition (B, c)."""
+        if self.pooled:
+            tokens = tokens.mean(dim=1, keepdim=True)
+        told = condition.unsqueeze(1).expand(-1, tokens.shape[1], -1)
+        verdicts: Tensor = self.judge(torch.cat([tokens, told], dim=-1))
+        return verdicts.squeeze(-1).mean(dim=1)
+
+
+class SpatialHead(nn.Module):
+    """Judges a few numbers of every token side by side, so that it sees what is where.
+
+    Args:
+        length: L, number of tokens.
+        width: d of the tokens.
+        condition_dim: c.
+        hidden: Inner width.
+    """
+
+    def __init__(self, *, length: int, width: int, condition_dim: int, hidden: int) -> None:
+        super().__init__()
+        self.project = nn.Linear(width, _SPATIAL_WIDTH)
+        self.judge = nn.Sequential(
+            nn.Linear(length * _SPATIAL_WIDTH + condition_dim, hidden), nn.GELU(), nn.Linear(hidden, 1)
+        )
+
+    def forward(self, tokens: Tensor, condition: Tensor) -> Tensor:
+        """Verdicts (B,) on tokens (B, L, d) under the condition (B, c)."""
+        seen = F.gelu(self.project(tokens)).flatten(1)
+        verdicts: Tensor = self.judge(torch.cat([seen, condition], dim=-1))
+        return verdicts.squeeze(-1)
 
 
 class DiscriminatorHeads(nn.Module):
@@ -28,20 +77,23 @@ class DiscriminatorHeads(nn.Module):
 
     Args:
         layers: Number of tapped layers.
+        length: L, number of hidden states of a layer.
         width: d of the hidden states.
         condition_dim: c.
         hidden: Inner width of each head.
-        kind: `pooled` judges the mean over tokens; `per_token` judges each and averages the verdicts.
+        kind: `pooled` judges the mean over tokens; `per_token` each of them; `spatial` all of them together.
     """
 
-    def __init__(self, *, layers: int, width: int, condition_dim: int, hidden: int, kind: Head) -> None:
+    def __init__(self, *, layers: int, length: int, width: int, condition_dim: int, hidden: int, kind: Head) -> None:
         super().__init__()
-        self.kind = kind
+
+        def head() -> nn.Module:
+            if kind == "spatial":
+                return SpatialHead(length=length, width=width, condition_dim=condition_dim, hidden=hidden)
+            return TokenHead(width=width, condition_dim=condition_dim, hidden=hidden, pooled=kind == "pooled")
+
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(layers))
-        self.heads = nn.ModuleList(
-            nn.Sequential(nn.Linear(width + condition_dim, hidden), nn.GELU(), nn.Linear(hidden, 1))
-            for _ in range(layers)
-        )
+        self.heads = nn.ModuleList(head() for _ in range(layers))
 
     def forward(self, features: Sequence[Tensor], condition: Tensor) -> Tensor:
         """Verdicts (B, layers), float32: positive means real.
@@ -53,10 +105,7 @@ class DiscriminatorHeads(nn.Module):
         verdicts = []
         for hidden, norm, head in zip(features, self.norms, self.heads, strict=True):
             tokens = norm(widen(hidden))
-            if self.kind == "pooled":
-                tokens = tokens.mean(dim=1, keepdim=True)
-            told = condition.unsqueeze(1).expand(-1, tokens.shape[1], -1).to(tokens.dtype)
-            verdicts.append(head(torch.cat([tokens, told], dim=-1)).squeeze(-1).mean(dim=1))
+            verdicts.append(head(tokens, condition.to(tokens.dtype)))
         return torch.stack(verdicts, dim=1)
 
 
@@ -69,7 +118,7 @@ class GAN(Objective):
 
     Args:
         taps: Layers of the teacher that are judged; by default all.
-        head: `pooled` or `per_token`; per-token heads were blind at small scale.
+        head: `pooled`, `per_token` or `spatial`: what a head judges at once.
         head_width: Inner width of the heads.
         loss: `hinge` or `non_saturating`.
         mask_ratio: Bounds of the uniform law of the masked share, both in [0, 1); the paper uses [0, 0.95].
@@ -139,6 +188,7 @@ class GAN(Objective):
         self.taps = taps
         self.heads = DiscriminatorHeads(
             layers=len(taps),
+            length=teacher.num_tokens,
             width=teacher.hidden_dim,
             condition_dim=teacher.condition_dim,
             hidden=self.head_width,

@@ -61,7 +61,7 @@ def _logits(dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 @pytest.mark.parametrize("loss", ["hinge", "non_saturating"])
-@pytest.mark.parametrize("head", ["pooled", "per_token"])
+@pytest.mark.parametrize("head", ["pooled", "per_token", "spatial"])
 def test_gradients_go_where_they_belong(
     teacher: MaskedTransformer, tokenizer: ConvVQTokenizer, loss: str, head: str
 ) -> None:
@@ -185,7 +185,7 @@ def test_sharpen_of_a_student_whose_probabilities_underflow() -> None:
             "(hard tokens have no gradient), got 'hard'",
         ),
         ({"weight": -1.0}, "GAN.weight: expected 'auto' or a number of at least 0, got -1.0"),
-        ({"head": "global"}, "GAN.head: expected one of pooled, per_token, got 'global'"),
+        ({"head": "global"}, "GAN.head: expected one of pooled, per_token, spatial, got 'global'"),
     ],
 )
 def test_impossible_options(
