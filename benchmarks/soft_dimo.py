@@ -13,7 +13,7 @@ import statistics
 import time
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -51,12 +51,23 @@ class Arm:
         objectives: The terms: `dimo`, `gan`, `reward`, `sharpen` -> options that differ from the recipe's.
         cost: Steps in all, as a multiple of those of the other arms.
         sharpen: Divides the student's logits before the start.
+        early: Whether it goes on from a student that Di[M]O has just begun, still blunt, instead of the finished one.
     """
 
     name: str
     objectives: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     cost: float = 1.0
     sharpen: float = 1.0
+    early: bool = False
+
+    @property
+    def start(self) -> "Arm":
+        """The checkpoint that the arm goes on from, as an arm of no steps."""
+        return EARLY if self.early else START
+
+
+START = Arm("start")
+EARLY = Arm("early_start", early=True)
 
 
 def _gan(**options: Any) -> dict[str, Any]:
@@ -75,25 +86,29 @@ def arms(*, equal_compute: float, steps: int) -> list[Arm]:
         steps: Steps of an arm in all, which the annealed temperature falls over.
     """
     annealed = {"kind": "annealed", "temperature": 1.0, "final_temperature": 0.3, "anneal_steps": steps}
-    return [
+    core = [
         Arm("control", {"dimo": {}}),
         Arm("gan_soft", _gan()),
         Arm("control_equal_compute", {"dimo": {}}, cost=equal_compute),
         Arm("entropy_only", {"dimo": {}, "sharpen": {}}),
         Arm("gan_gumbel_st", _relaxed(kind="gumbel_st")),
         Arm("gan_st", _relaxed(kind="st")),
+        Arm("gan_alone", {"gan": {"weight": 1.0}}),
+    ]
+    early = [replace(arm, name=f"early_{arm.name}", early=True) for arm in core]
+    others = [
+        Arm("reward", {"dimo": {}, "reward": {}}),
+        Arm("reward_alone", {"reward": {"weight": 1.0}}),
         Arm("gan_soft_topk", _relaxed(kind="soft_topk", top_k=8)),
         Arm("gan_annealed", _relaxed(**annealed)),
-        Arm("gan_alone", {"gan": {"weight": 1.0}}),
         Arm("gan_mask_0_0.95", _gan(mask_ratio=[0.0, 0.95])),
         Arm("gan_mask_0", _gan(mask_ratio=[0.0, 0.0])),
+        Arm("gan_spatial", _gan(head="spatial")),
         Arm("gan_per_token", _gan(head="per_token")),
         Arm("sharpened_control", {"dimo": {}}, sharpen=0.4),
         Arm("sharpened_gan_soft", _gan(), sharpen=0.4),
-        Arm("reward", {"dimo": {}, "reward": {}}),
-        Arm("reward_alone", {"reward": {"weight": 1.0}}),
-        Arm("gan_and_reward", {"dimo": {}, "gan": {}, "reward": {}}),
     ]
+    return [START, *core, EARLY, *early, *others]
 
 
 @dataclass(frozen=True)
@@ -105,6 +120,7 @@ class Setting:
     data_root: str
     steps: int
     critic_steps: int
+    early_steps: int
     n: int
 
     @property
@@ -122,6 +138,10 @@ class Setting:
         """The reward's classifier."""
         return self.root / "judge"
 
+    def checkpoint(self, *, early: bool) -> Path:
+        """The Di[M]O run that arms go on from."""
+        return self.folder("early_dimo") if early else self.pipeline / "3_dimo"
+
     def folder(self, arm: str) -> Path:
         """The run folder of an arm."""
         return self.root / "soft_dimo" / f"seed_{self.seed}" / arm
@@ -136,6 +156,7 @@ def benchmark(
     processes: int = 2,
     steps: int = 200,
     critic_steps: int = 100,
+    early_steps: int = 300,
     n: int = 10_000,
     tteo_n: int = 500,
     note: str = "",
@@ -150,21 +171,23 @@ def benchmark(
         processes: Arms side by side, one thread each.
         steps: Steps of the student in every arm.
         critic_steps: Steps before them in which only critics learn, in every arm.
+        early_steps: Steps of Di[M]O that make the blunt student.
         n: Images that each figure is measured on.
         tteo_n: Images that TTEO optimises.
         note: What else a reader must know of these runs; goes into the table.
     """
     root = Path(out) / DATA
-    settings = [Setting(seed, root, data_root, steps, critic_steps, n) for seed in seeds]
+    settings = [Setting(seed, root, data_root, steps, critic_steps, early_steps, n) for seed in seeds]
     for setting in settings:
         _prepare(setting)
     cost = _step_cost(settings[0])
     known = arms(equal_compute=cost["ratio"], steps=critic_steps + steps)
-    chosen = [arm for arm in known if only is None or arm.name in only]
+    chosen = [arm for arm in known if only is None or arm.name in only or arm in (START, EARLY)]
     jobs = [(setting, arm) for arm in chosen for setting in settings]
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        started = [pool.submit(_run_arm, setting, Arm("start")) for setting in settings]
-        started += [pool.submit(_run_arm, setting, arm) for setting, arm in jobs]
+        for future in [pool.submit(_train_early, setting) for setting in settings]:
+            future.result()
+        started = [pool.submit(_run_arm, setting, arm) for setting, arm in jobs]
         started += [
             pool.submit(_run_tteo, setting, arm, tteo_n) for setting in settings for arm in ("start", "gan_soft")
         ]
@@ -174,7 +197,7 @@ def benchmark(
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    names = ["start", *(arm.name for arm in chosen)]
+    names = [arm.name for arm in chosen]
     content = {
         "command": f"python benchmarks/soft_dimo.py --data_root FOLDER --steps {steps} --critic_steps {critic_steps}",
         "protocol": named_protocol(DATA, data_root=data_root, folder=str(settings[0].pipeline / "extractor")).name(n),
@@ -182,6 +205,7 @@ def benchmark(
         "seeds": seeds,
         "steps": steps,
         "critic_steps": critic_steps,
+        "early_steps": early_steps,
         "step_cost": cost,
         "teacher": [json.loads((setting.pipeline / "metrics.json").read_text())["rows"] for setting in settings],
         "arms": {name: [_result(setting, name) for setting in settings] for name in names},
@@ -189,8 +213,7 @@ def benchmark(
     }
     write_json(RESULTS / "soft_dimo.json", content)
     (RESULTS / "soft_dimo.md").write_text(markdown(content))
-    models = {name: settings[0].folder(name) for name in names}
-    picture(RESULTS / "soft_dimo.png", models, fallback=settings[0].pipeline / "3_dimo", seed=seeds[0])
+    picture(RESULTS / "soft_dimo.png", [_model(settings[0], arm) for arm in chosen], seed=seeds[0])
     print((RESULTS / "soft_dimo.md").read_text())
 
 
@@ -205,6 +228,24 @@ def _prepare(setting: Setting) -> None:
         write_token_cache(setting.tokens, tokenizer, named_data(DATA, data_root=setting.data_root), progress=False)
 
 
+def _train_early(setting: Setting) -> None:
+    """Di[M]O from the teacher, stopped early: a blunt student."""
+    from softgen.fit import main as fit
+
+    folder = setting.checkpoint(early=True)
+    if (folder / "model" / "config.json").is_file():
+        return
+    config = find_recipe(DATA).write_config("3_dimo", setting.pipeline)
+    options = [f"--run_dir={folder}", f"--seed={setting.seed}", f"--trainer.max_steps={setting.early_steps}"]
+    fit([f"--config={config}", *options, "--trainer.limit_val_batches=0", "--ema.decay=0.99"])
+
+
+def _model(setting: Setting, arm: Arm) -> Path:
+    """The folder of an arm's student."""
+    run = setting.checkpoint(early=arm.early) if arm in (START, EARLY) else setting.folder(arm.name)
+    return run / "model"
+
+
 def _config(setting: Setting, arm: Arm) -> dict[str, Any]:
     """The recipe of the GAN stage, with the arm's terms."""
     recipe = find_recipe(DATA)
@@ -212,6 +253,9 @@ def _config(setting: Setting, arm: Arm) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     config: dict[str, Any] = yaml.safe_load(recipe.write_config("4_gan", setting.pipeline).read_text())
     dimo, gan = (objective["init_args"] for objective in config["model"]["init_args"]["objectives"])
+    checkpoint = setting.checkpoint(early=arm.early)
+    config["model"]["init_args"]["student"] = str(checkpoint / "model")
+    dimo["auxiliary"] = str(checkpoint / "auxiliary")
     judge = {"class_path": "rewards.ClassifierReward", "init_args": {"classifier": str(setting.judge)}}
     defaults: dict[str, tuple[str, dict[str, Any]]] = {
         "dimo": ("distill.DiMO", {**dimo, "critic_only_steps": setting.critic_steps}),
@@ -238,21 +282,22 @@ def _config(setting: Setting, arm: Arm) -> dict[str, Any]:
 
 
 def _run_arm(setting: Setting, arm: Arm) -> None:
-    """Train and score an arm; `start` is scored alone."""
+    """Train and score an arm; a start is scored alone."""
     folder = setting.folder(arm.name)
     if (folder / "result.json").is_file():
         return
     torch.set_num_threads(1)
-    model, seconds, logs = setting.pipeline / "3_dimo" / "model", 0.0, {}
-    if arm.name != "start":
+    seconds, logs = 0.0, {}
+    if arm not in (START, EARLY):
         from softgen.fit import main as fit
 
         config = _config(setting, arm)
         (folder / "config.yaml").write_text(yaml.safe_dump(config))
         begin = time.perf_counter()
         fit([f"--config={folder / 'config.yaml'}"])
-        seconds, model, logs = time.perf_counter() - begin, folder / "model", _logs(folder)
-    write_json(folder / "result.json", {**_score(setting, model), "seconds": seconds, "logs": logs, "arm": asdict(arm)})
+        seconds, logs = time.perf_counter() - begin, _logs(folder)
+    content = _score(setting, _model(setting, arm))
+    write_json(folder / "result.json", {**content, "seconds": seconds, "logs": logs, "arm": asdict(arm)})
 
 
 def _logs(folder: Path) -> dict[str, float]:
