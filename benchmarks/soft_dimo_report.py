@@ -49,13 +49,14 @@ CLAIMS = (
 def markdown(content: Mapping[str, Any]) -> str:
     """The page."""
     seeds, arms, cost = content["seeds"], content["arms"], content["step_cost"]
+    count = arms["start"][0]["n"]
     finished = {name: runs for name, runs in arms.items() if not name.startswith("early_")}
     early = {name.removeprefix("early_"): runs for name, runs in arms.items() if name.startswith("early_")}
     lines = [
         "# Soft-Di[M]O on Fashion-MNIST",
         "",
-        f"`{content['command']}`. {content['protocol']}: Frechet distance on {arms['start'][0]['n']:,} images, lower is "
-        f"better; seeds {', '.join(map(str, seeds))}. Every arm of a seed goes on from the same Di[M]O checkpoint for "
+        f"`{content['command']}`. {content['protocol']}: Frechet distance on {count:,} images, lower is better; seeds "
+        f"{', '.join(map(str, seeds))}. Every arm of a seed goes on from the same Di[M]O checkpoint for "
         f"{content['critic_steps']} steps in which only critics learn and {content['steps']} in which the student "
         "does too, with the same batches and the same noise at the same step, and is scored on the same draws. "
         f"A step with the GAN takes {cost['ratio']:.2f} x the process time of one without ({cost['gan_ms']:.0f} and "
