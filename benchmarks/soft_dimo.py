@@ -104,6 +104,7 @@ def arms(*, equal_compute: float, steps: int) -> list[Arm]:
         Arm("gan_mask_0_0.95", _gan(mask_ratio=[0.0, 0.95])),
         Arm("gan_mask_0", _gan(mask_ratio=[0.0, 0.0])),
         Arm("gan_spatial", _gan(head="spatial")),
+        Arm("gan_ratio_0.3", _gan(weight_ratio=0.3)),
         Arm("gan_per_token", _gan(head="per_token")),
         Arm("sharpened_control", {"dimo": {}}, sharpen=0.4),
         Arm("sharpened_gan_soft", _gan(), sharpen=0.4),

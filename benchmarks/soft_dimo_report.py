@@ -25,6 +25,7 @@ MEANING = {
     "gan_mask_0_0.95": "GAN, mask ratio from [0, 0.95] (the paper's)",
     "gan_mask_0": "GAN, no masks",
     "gan_spatial": "GAN, heads that judge all tokens together",
+    "gan_ratio_0.3": "GAN, its gradient held at 0.3 x Di[M]O's",
     "gan_per_token": "GAN, heads that judge each token",
     "sharpened_control": "logits / 0.4, then Di[M]O alone",
     "sharpened_gan_soft": "logits / 0.4, then Di[M]O + GAN",
