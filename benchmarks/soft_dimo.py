@@ -86,30 +86,32 @@ def arms(*, equal_compute: float, steps: int) -> list[Arm]:
         steps: Steps of an arm in all, which the annealed temperature falls over.
     """
     annealed = {"kind": "annealed", "temperature": 1.0, "final_temperature": 0.3, "anneal_steps": steps}
-    core = [
+    central = [
         Arm("control", {"dimo": {}}),
         Arm("gan_soft", _gan()),
-        Arm("control_equal_compute", {"dimo": {}}, cost=equal_compute),
         Arm("entropy_only", {"dimo": {}, "sharpen": {}}),
-        Arm("gan_gumbel_st", _relaxed(kind="gumbel_st")),
         Arm("gan_st", _relaxed(kind="st")),
-        Arm("gan_alone", {"gan": {"weight": 1.0}}),
     ]
-    early = [replace(arm, name=f"early_{arm.name}", early=True) for arm in core]
-    others = [
+    return [
+        START,
+        *central,
+        Arm("control_equal_compute", {"dimo": {}}, cost=equal_compute),
+        Arm("gan_gumbel_st", _relaxed(kind="gumbel_st")),
+        Arm("gan_alone", {"gan": {"weight": 1.0}}),
         Arm("reward", {"dimo": {}, "reward": {}}),
         Arm("reward_alone", {"reward": {"weight": 1.0}}),
         Arm("gan_soft_topk", _relaxed(kind="soft_topk", top_k=8)),
         Arm("gan_annealed", _relaxed(**annealed)),
         Arm("gan_mask_0_0.95", _gan(mask_ratio=[0.0, 0.95])),
         Arm("gan_mask_0", _gan(mask_ratio=[0.0, 0.0])),
-        Arm("gan_spatial", _gan(head="spatial")),
+        EARLY,
+        *(replace(arm, name=f"early_{arm.name}", early=True) for arm in central),
         Arm("gan_ratio_0.3", _gan(weight_ratio=0.3)),
+        Arm("gan_spatial", _gan(head="spatial")),
         Arm("gan_per_token", _gan(head="per_token")),
         Arm("sharpened_control", {"dimo": {}}, sharpen=0.4),
         Arm("sharpened_gan_soft", _gan(), sharpen=0.4),
     ]
-    return [START, *core, EARLY, *early, *others]
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,7 @@ def benchmark(
     critic_steps: int = 100,
     early_steps: int = 300,
     n: int = 10_000,
-    tteo_n: int = 500,
+    tteo_n: int = 300,
     note: str = "",
 ) -> None:
     """Run every arm for every seed, score them, and write the tables.
