@@ -25,6 +25,7 @@ from softgen.generation import (
     teacher_tokens,
 )
 from softgen.loading import load_generator, load_model, load_tokenizer
+from softgen.metrics.accuracy import class_log_probability
 from softgen.metrics.classifier import SmallClassifier
 from softgen.models.base import MaskedDiffusionModel
 from softgen.pretrained import CONFIG_NAME
@@ -157,18 +158,11 @@ def _add(run: Run, name: str, images: Tensor, labels: Tensor, seconds: float) ->
             accuracy=quality.accuracy,
             precision=quality.precision,
             recall=quality.recall,
-            reward=_reward(run, images, labels),
+            reward=class_log_probability(images, labels, classifier=run.judge),
             seconds=round(seconds, 3),
         )
     )
     run.shown[name] = images[:_SHOWN]
-
-
-@torch.inference_mode()
-def _reward(run: Run, images: Tensor, labels: Tensor) -> float:
-    """Mean log-probability of the labels under the judge."""
-    parts = [run.judge.logits(part).log_softmax(dim=1) for part in torch.split(images, 512)]
-    return torch.cat(parts).gather(1, labels[:, None]).mean().item()
 
 
 def _optimise(run: Run, *, n: int) -> None:

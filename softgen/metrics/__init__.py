@@ -1,6 +1,6 @@
 """Metrics of generated images, on the features of any extractor."""
 
-from softgen.metrics.accuracy import ClassAccuracy, class_accuracy
+from softgen.metrics.accuracy import ClassAccuracy, class_accuracy, class_log_probability
 from softgen.metrics.classifier import SmallClassifier
 from softgen.metrics.classifier_training import ClassifierResult, classifier_accuracy, train_classifier
 from softgen.metrics.entropy_score import EntropyScore, entropy_score
@@ -28,6 +28,7 @@ __all__ = [
     "PrecisionRecallMetric",
     "SmallClassifier",
     "class_accuracy",
+    "class_log_probability",
     "classifier_accuracy",
     "count_name",
     "entropy_score",

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from softgen.metrics.feature_metric import ExtractorMetric, gathered
-from softgen.metrics.features import FeatureExtractor, check_samples, require_classifier
+from softgen.metrics.features import FeatureExtractor, check_samples, extract_features, require_classifier
 
 
 def class_accuracy(logits: Tensor, labels: Tensor) -> float:
@@ -23,6 +23,25 @@ def class_accuracy(logits: Tensor, labels: Tensor) -> float:
     if labels.shape != (len(rows),):
         raise ValueError(f"labels: expected {len(rows)}, one an image, got shape {tuple(labels.shape)}")
     return float((rows.argmax(dim=1) == labels.cpu()).double().mean())
+
+
+def class_log_probability(images: Tensor, labels: Tensor, *, classifier: FeatureExtractor) -> float:
+    """Mean log-probability of the class asked for, at most 0.
+
+    Args:
+        images: (n, 3, H, W) in [0, 1].
+        labels: (n,) int64.
+        classifier: An extractor with class logits.
+
+    Raises:
+        ValueError: The extractor has no logits, or the shapes do not match.
+    """
+    require_classifier(classifier)
+    logits = extract_features(images, extractor=classifier).logits
+    assert logits is not None
+    if labels.shape != (len(logits),):
+        raise ValueError(f"labels: expected {len(logits)}, one an image, got shape {tuple(labels.shape)}")
+    return float(logits.double().log_softmax(dim=1).gather(1, labels.cpu()[:, None]).mean())
 
 
 class ClassAccuracy(ExtractorMetric):

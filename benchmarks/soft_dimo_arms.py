@@ -1,0 +1,162 @@
+"""What benchmarks/soft_dimo.py compares: the arms, and the config of each."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from softgen.recipes import find_recipe
+
+DATA: Literal["fashion_mnist"] = "fashion_mnist"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to go on from the Di[M]O student.
+
+    Attributes:
+        name: In the table, and of its folder.
+        objectives: The terms: `dimo`, `gan`, `reward`, `sharpen` -> options that differ from the recipe's.
+        cost: Steps in all, as a multiple of those of the other arms.
+        sharpen: Divides the student's logits before the start.
+        early: Whether it goes on from a student that Di[M]O has just begun, still blunt, instead of the finished one.
+    """
+
+    name: str
+    objectives: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    cost: float = 1.0
+    sharpen: float = 1.0
+    early: bool = False
+
+    @property
+    def start(self) -> "Arm":
+        """The checkpoint that the arm goes on from, as an arm of no steps."""
+        return EARLY if self.early else START
+
+
+START = Arm("start")
+EARLY = Arm("early_start", early=True)
+
+
+def gan(**options: Any) -> dict[str, Any]:
+    """Di[M]O + GAN, with options of the GAN that differ from the recipe's."""
+    return {"dimo": {}, "gan": options}
+
+
+def _relaxed(**relaxation: Any) -> dict[str, Any]:
+    return gan(relaxation=relaxation)
+
+
+def arms(*, equal_compute: float, steps: int) -> list[Arm]:
+    """All arms.
+
+    Args:
+        equal_compute: Steps of Di[M]O alone that take the time of one step with the GAN.
+        steps: Steps of an arm in all, which the annealed temperature falls over.
+    """
+    annealed = {"kind": "annealed", "temperature": 1.0, "final_temperature": 0.3, "anneal_steps": steps}
+    central = [
+        Arm("control", {"dimo": {}}),
+        Arm("gan_soft", gan()),
+        Arm("entropy_only", {"dimo": {}, "sharpen": {}}),
+        Arm("gan_st", _relaxed(kind="st")),
+    ]
+    return [
+        START,
+        *central,
+        Arm("control_equal_compute", {"dimo": {}}, cost=equal_compute),
+        Arm("gan_gumbel_st", _relaxed(kind="gumbel_st")),
+        Arm("gan_alone", {"gan": {"weight": 1.0}}),
+        Arm("reward", {"dimo": {}, "reward": {}}),
+        Arm("reward_alone", {"reward": {"weight": 1.0}}),
+        Arm("gan_soft_topk", _relaxed(kind="soft_topk", top_k=8)),
+        Arm("gan_annealed", _relaxed(**annealed)),
+        Arm("gan_mask_0_0.95", gan(mask_ratio=[0.0, 0.95])),
+        Arm("gan_mask_0", gan(mask_ratio=[0.0, 0.0])),
+        EARLY,
+        *(replace(arm, name=f"early_{arm.name}", early=True) for arm in central),
+        Arm("gan_ratio_0.3", gan(weight_ratio=0.3)),
+        Arm("gan_spatial", gan(head="spatial")),
+        Arm("gan_per_token", gan(head="per_token")),
+        Arm("sharpened_control", {"dimo": {}}, sharpen=0.4),
+        Arm("sharpened_gan_soft", gan(), sharpen=0.4),
+    ]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where one seed's models are, and how long every arm runs."""
+
+    seed: int
+    root: Path
+    data_root: str
+    steps: int
+    critic_steps: int
+    early_steps: int
+    n: int
+
+    @property
+    def pipeline(self) -> Path:
+        """The folder that benchmarks/dimo.py leaves."""
+        return self.root / f"seed_{self.seed}"
+
+    @property
+    def tokens(self) -> Path:
+        """The training images as tokens."""
+        return self.pipeline / "tokens"
+
+    @property
+    def judge(self) -> Path:
+        """The reward's classifier."""
+        return self.root / "judge"
+
+    def checkpoint(self, *, early: bool) -> Path:
+        """The Di[M]O run that arms go on from."""
+        return self.folder("early_dimo") if early else self.pipeline / "3_dimo"
+
+    def folder(self, arm: str) -> Path:
+        """The run folder of an arm."""
+        return self.root / "soft_dimo" / f"seed_{self.seed}" / arm
+
+
+def model_of(setting: Setting, arm: Arm) -> Path:
+    """The folder of an arm's student."""
+    run = setting.checkpoint(early=arm.early) if arm in (START, EARLY) else setting.folder(arm.name)
+    return run / "model"
+
+
+def config_of(setting: Setting, arm: Arm) -> dict[str, Any]:
+    """The recipe of the GAN stage, with the arm's terms."""
+    recipe = find_recipe(DATA)
+    folder = setting.folder(arm.name)
+    folder.mkdir(parents=True, exist_ok=True)
+    config: dict[str, Any] = yaml.safe_load(recipe.write_config("4_gan", setting.pipeline).read_text())
+    dimo, adversary = (objective["init_args"] for objective in config["model"]["init_args"]["objectives"])
+    checkpoint = setting.checkpoint(early=arm.early)
+    config["model"]["init_args"]["student"] = str(checkpoint / "model")
+    dimo["auxiliary"] = str(checkpoint / "auxiliary")
+    judge = {"class_path": "rewards.ClassifierReward", "init_args": {"classifier": str(setting.judge)}}
+    defaults: dict[str, tuple[str, dict[str, Any]]] = {
+        "dimo": ("distill.DiMO", {**dimo, "critic_only_steps": setting.critic_steps}),
+        "gan": ("distill.GAN", {**adversary, "critic_only_steps": setting.critic_steps}),
+        "sharpen": ("distill.Sharpen", {"weight": "auto", "weight_ratio": 0.5}),
+        "reward": ("distill.Reward", {"rewards": [judge], "weight": "auto", "weight_ratio": 0.5}),
+    }
+    config["model"]["init_args"]["objectives"] = [
+        {"class_path": defaults[name][0], "init_args": {**defaults[name][1], **options}}
+        for name, options in arm.objectives.items()
+    ]
+    config["model"]["init_args"]["sharpen"] = arm.sharpen
+    config["data"] = {
+        "class_path": "softgen.data.TokenCache",
+        "init_args": {"batch_size": 64, "root": str(setting.tokens)},
+    }
+    critic_steps = setting.critic_steps if arm.objectives.keys() & {"dimo", "gan"} else 0
+    total = round(arm.cost * (critic_steps + setting.steps))
+    config["run_dir"] = str(folder)
+    config["seed"] = setting.seed
+    config["trainer"] |= {"max_steps": total, "limit_val_batches": 0}
+    config["accuracy_watch"]["classifier"] = str(setting.pipeline / "extractor")
+    return config
