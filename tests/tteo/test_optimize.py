@@ -1,5 +1,8 @@
 """TTEO on toys: the reward rises on hard-decoded images, no weight moves, and it is deterministic."""
 
+import gc
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -114,3 +117,47 @@ def test_bad_conditions_and_rewards(generator: OneStepGenerator, tokenizer: ToyT
         optimize(generator, tokenizer, lambda images, _: images.mean(dim=(2, 3)), LABELS)
     with pytest.raises(ValueError, match="reward: expected finite scores"):
         optimize(generator, tokenizer, lambda images, _: _ink(images, _) / 0 - _ink(images, _) / 0, LABELS)
+
+
+def test_batches_change_nothing(generator: OneStepGenerator, tokenizer: ToyTokenizer) -> None:
+    settings = TTEOSettings(steps=6, lr=30.0, keep_every=2, candidates=2)
+    whole = optimize(generator, tokenizer, _ink, LABELS, settings=settings)
+    parts = optimize(generator, tokenizer, _ink, LABELS, settings=replace(settings, batch_size=5))
+    for name in ("tokens", "start_tokens", "best_step"):
+        assert torch.equal(getattr(whole, name), getattr(parts, name))
+    for name in ("images", "embeddings", "before", "after", "soft_scores", "hard_scores", "trajectory"):
+        torch.testing.assert_close(getattr(whole, name), getattr(parts, name))
+    assert parts.trajectory_steps == whole.trajectory_steps == (0, 2, 4, 6)
+
+
+def test_a_batch_that_stops_early_keeps_its_last_scores(generator: OneStepGenerator, tokenizer: ToyTokenizer) -> None:
+    def dark_first(images: Tensor, conditions: Tensor) -> Tensor:
+        return _ink(images, None) * (conditions == 0)
+
+    settings = TTEOSettings(steps=12, lr=30.0, patience=2, batch_size=2, keep_every=1)
+    result = optimize(generator, tokenizer, dark_first, torch.tensor([1, 1, 0, 0]), settings=settings)
+    assert (result.best_step[:2] == 0).all()
+    assert len(result.hard_scores) > 3
+    assert (result.hard_scores[:, :2] == 0).all()
+    assert result.after[2:].sum() > result.before[2:].sum()
+    assert len(result.trajectory) == len(result.trajectory_steps) == len(result.hard_scores)
+
+
+def test_memory_does_not_grow_with_the_steps(generator: OneStepGenerator, tokenizer: ToyTokenizer) -> None:
+    held: list[int] = []
+
+    def counting(images: Tensor, conditions: object) -> Tensor:
+        if images.requires_grad:
+            gc.collect()
+            storages = {
+                tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+                for tensor in gc.get_objects()
+                if isinstance(tensor, Tensor)
+            }
+            held.append(sum(storages.values()))
+        return _ink(images, conditions)
+
+    optimize(generator, tokenizer, counting, LABELS, settings=TTEOSettings(steps=12, lr=1.0), judge=_ink)
+    scores_a_step = 2 * len(LABELS) * 4
+    assert max(held[-1] - held[3], 0) <= (len(held) - 4) * scores_a_step
+    assert len(held) == 12
