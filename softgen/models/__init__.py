@@ -1,11 +1,13 @@
-"""Masked diffusion models and one-step generators."""
+"""Masked diffusion models, one-step generators, and an autoregressive model."""
 
+from softgen.models.autoregressive import AutoregressiveTransformer
 from softgen.models.base import MaskedDiffusionModel, ModelOutput
 from softgen.models.conditions import ClassCondition, Condition
 from softgen.models.generator import OneStepGenerator
 from softgen.models.transformer import MaskedTransformer
 
 __all__ = [
+    "AutoregressiveTransformer",
     "ClassCondition",
     "Condition",
     "MaskedDiffusionModel",

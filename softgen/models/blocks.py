@@ -22,26 +22,57 @@ def activation_function(name: str) -> Callable[[Tensor], Tensor]:
     return _ACTIVATIONS[name]
 
 
+class KeyValueCache:
+    """Keys and values of the positions that one attention layer has seen, for sampling one position at a time.
+
+    Args:
+        capacity: Positions that there is room for.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.length = 0
+        self._keys: Tensor | None = None
+        self._values: Tensor | None = None
+
+    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Add keys and values (B, heads, l, d / heads); returns all so far, (B, heads, length, d / heads)."""
+        if self._keys is None or self._values is None:
+            shape = (*key.shape[:2], self.capacity, key.shape[3])
+            self._keys, self._values = key.new_empty(shape), value.new_empty(shape)
+        end = self.length + key.shape[2]
+        assert end <= self.capacity
+        self._keys[:, :, self.length : end] = key
+        self._values[:, :, self.length : end] = value
+        self.length = end
+        return self._keys[:, :, :end], self._values[:, :, :end]
+
+
 class SelfAttention(nn.Module):
-    """Bidirectional multi-head attention.
+    """Multi-head attention.
 
     Args:
         width: Model width d, a multiple of `heads`.
         heads: Attention heads.
+        causal: Whether a position sees itself and those before it alone.
     """
 
-    def __init__(self, width: int, *, heads: int) -> None:
+    def __init__(self, width: int, *, heads: int, causal: bool = False) -> None:
         super().__init__()
         self.heads = heads
+        self.causal = causal
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, L, d) to (B, L, d)."""
+    def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """Map (B, L, d) to (B, L, d); with a cache, x is the next position alone (L = 1) and sees those before it."""
         batch, length, width = x.shape
         qkv = self.qkv(x).view(batch, length, 3, self.heads, width // self.heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        attended = F.scaled_dot_product_attention(query, key, value)
+        if cache is not None:
+            assert length == 1
+            key, value = cache.append(key, value)
+        attended = F.scaled_dot_product_attention(query, key, value, is_causal=self.causal and cache is None)
         mixed: Tensor = self.out(attended.transpose(1, 2).reshape(batch, length, width))
         return mixed
 
@@ -101,20 +132,50 @@ class TransformerBlock(nn.Module):
         heads: Attention heads.
         mlp_ratio: Inner width of the feed-forward as a multiple of d.
         activation: Name of the feed-forward's activation.
+        causal: Whether a position sees itself and those before it alone.
     """
 
-    def __init__(self, width: int, *, heads: int, mlp_ratio: float, activation: str) -> None:
+    def __init__(self, width: int, *, heads: int, mlp_ratio: float, activation: str, causal: bool = False) -> None:
         super().__init__()
         self.norm_attention = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.attention = SelfAttention(width, heads=heads)
+        self.attention = SelfAttention(width, heads=heads, causal=causal)
         self.norm_mlp = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.mlp = FeedForward(width, hidden=int(width * mlp_ratio), activation=activation)
         self.modulation = Modulation(width, chunks=6)
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """Map x (B, L, d) under the condition (B, d) to (B, L, d)."""
+    def forward(self, x: Tensor, condition: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """Map x (B, L, d) under the condition (B, d) to (B, L, d); see `SelfAttention` for the cache."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(condition)
-        attended = self.attention(modulate(self.norm_attention(x), shift=shift_a, scale=scale_a))
+        attended = self.attention(modulate(self.norm_attention(x), shift=shift_a, scale=scale_a), cache)
         x = torch.addcmul(x, 1 + gate_a, attended)
         fed = self.mlp(modulate(self.norm_mlp(x), shift=shift_m, scale=scale_m))
         return torch.addcmul(x, 1 + gate_m, fed)
+
+
+def check_transformer(
+    *, num_codes: int, num_sites: int, num_classes: int, width: int, depth: int, heads: int, activation: str
+) -> None:
+    """Refuse impossible sizes.
+
+    Raises:
+        ValueError: Naming the argument, what was expected and what was got.
+    """
+    for name, value in (("num_codes", num_codes), ("num_sites", num_sites), ("depth", depth), ("heads", heads)):
+        if value < 1:
+            raise ValueError(f"model.{name}: expected at least 1, got {value}")
+    if num_classes < 0:
+        raise ValueError(f"model.num_classes: expected at least 0, got {num_classes}")
+    if width < 1 or width % heads:
+        raise ValueError(f"model.width: expected a multiple of heads ({heads}), got {width}")
+    activation_function(activation)
+
+
+def reset_transformer(blocks: nn.ModuleList, head: nn.Linear) -> None:
+    """Fresh weights of the blocks' linear layers and of the output layer; modulations keep their identity start."""
+    for block in blocks:
+        assert isinstance(block, TransformerBlock)
+        for linear in (block.attention.qkv, block.attention.out, block.mlp.expand, block.mlp.project):
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
+    nn.init.normal_(head.weight, std=0.02)
+    nn.init.zeros_(head.bias)

@@ -7,7 +7,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from softgen.models.base import MaskedDiffusionModel, ModelOutput
-from softgen.models.blocks import Activation, Modulation, TransformerBlock, activation_function, modulate
+from softgen.models.blocks import (
+    Activation,
+    Modulation,
+    TransformerBlock,
+    check_transformer,
+    modulate,
+    reset_transformer,
+)
 from softgen.models.conditions import ClassCondition, Condition
 from softgen.relaxation import expected_embedding
 
@@ -43,19 +50,15 @@ class MaskedTransformer(MaskedDiffusionModel):
         checkpoint_activations: bool = False,
     ) -> None:
         super().__init__()
-        for name, value in (
-            ("num_codes", num_codes),
-            ("num_sites", num_sites),
-            ("depth", depth),
-            ("heads", heads),
-        ):
-            if value < 1:
-                raise ValueError(f"model.{name}: expected at least 1, got {value}")
-        if num_classes < 0:
-            raise ValueError(f"model.num_classes: expected at least 0, got {num_classes}")
-        if width < 1 or width % heads:
-            raise ValueError(f"model.width: expected a multiple of heads ({heads}), got {width}")
-        activation_function(activation)
+        check_transformer(
+            num_codes=num_codes,
+            num_sites=num_sites,
+            num_classes=num_classes,
+            width=width,
+            depth=depth,
+            heads=heads,
+            activation=activation,
+        )
         self.config = {
             "num_codes": num_codes,
             "num_sites": num_sites,
@@ -84,16 +87,7 @@ class MaskedTransformer(MaskedDiffusionModel):
         self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.modulation = Modulation(width, chunks=2)
         self.head = nn.Linear(width, num_codes)
-        self._reset_parameters()
-
-    def _reset_parameters(self) -> None:
-        for block in self.blocks:
-            assert isinstance(block, TransformerBlock)
-            for linear in (block.attention.qkv, block.attention.out, block.mlp.expand, block.mlp.project):
-                nn.init.xavier_uniform_(linear.weight)
-                nn.init.zeros_(linear.bias)
-        nn.init.normal_(self.head.weight, std=0.02)
-        nn.init.zeros_(self.head.bias)
+        reset_transformer(self.blocks, self.head)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """See the base class."""
