@@ -11,14 +11,16 @@ import torch
 from softgen.classifier import RECIPES, named_data
 from softgen.cli import run_command
 from softgen.data.base import ImageDataModule
-from softgen.generation import balanced_labels, generate, one_step_tokens, teacher_tokens
+from softgen.generation import autoregressive_tokens, balanced_labels, generate, one_step_tokens, teacher_tokens
 from softgen.guidance import check_guidance
 from softgen.loading import check_compatible, load_tokenizer
 from softgen.metrics.protocol import Protocol, small_protocol
+from softgen.models.autoregressive import AutoregressiveTransformer
+from softgen.models.base import MaskedDiffusionModel
 from softgen.models.generator import OneStepGenerator
 from softgen.pretrained import Pretrained
 from softgen.sample import backbone_of, check_finite, check_positive, check_writable, choose_device
-from softgen.sampling import HaltonSampler, MaskGITSampler, reveal_counts
+from softgen.sampling import AutoregressiveSampler, HaltonSampler, MaskGITSampler, reveal_counts
 from softgen.training.stage import check_num_classes
 
 PROGRAM = "softgen.evaluate"
@@ -62,7 +64,8 @@ def evaluate(
     """Print Frechet distance, class accuracy, precision and recall, each with its protocol and n.
 
     Args:
-        model: Folder or hub id of a teacher, or of a one-step generator (which ignores the options of samplers).
+        model: Folder or hub id of a teacher, or of a one-step generator (which ignores the options of samplers), or of
+            an autoregressive model (which takes temperature and guidance).
         data: Real images, as a data module (class_path and init_args); with it, `extractor` is required to exist.
         data_name: Real images known by name, where `data` is not given.
         data_root: Folder of Fashion-MNIST's files.
@@ -102,7 +105,11 @@ def evaluate(
     sources = {}
     if isinstance(opened, OneStepGenerator):
         sources["one_step"] = one_step_tokens(opened, temperature=temperature)
+    elif isinstance(backbone, AutoregressiveTransformer):
+        sampling = AutoregressiveSampler(temperature=temperature, guidance=guidance)
+        sources["autoregressive"] = autoregressive_tokens(backbone, sampling)
     else:
+        assert isinstance(backbone, MaskedDiffusionModel)
         for count in steps:
             reveal_counts("arccos", num_sites=backbone.num_sites, steps=count)
             chosen: MaskGITSampler | HaltonSampler

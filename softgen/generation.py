@@ -1,4 +1,4 @@
-"""Images from a teacher or a one-step generator, in batches, the same whatever the batch size."""
+"""Images from any generative model of codes, in batches, the same whatever the batch size."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from softgen.models.autoregressive import AutoregressiveTransformer
 from softgen.models.base import MaskedDiffusionModel
 from softgen.models.generator import OneStepGenerator
 from softgen.random import SampleRandom, derive_seed
-from softgen.sampling import HaltonSampler, MaskGITSampler
+from softgen.sampling import AutoregressiveSampler, HaltonSampler, MaskGITSampler
 from softgen.tokenizers.base import ImageTokenizer
 
 TokenSource = Callable[[Tensor, SampleRandom], Tensor]
@@ -27,7 +28,12 @@ class Generated:
 
 
 def teacher_tokens(model: MaskedDiffusionModel, sampler: MaskGITSampler | HaltonSampler) -> TokenSource:
-    """Tokens by a multi-step sampler."""
+    """Tokens of a masked diffusion model, by a multi-step sampler."""
+    return lambda labels, noise: sampler(model, model.encode(labels), noise)
+
+
+def autoregressive_tokens(model: AutoregressiveTransformer, sampler: AutoregressiveSampler) -> TokenSource:
+    """Tokens of an autoregressive model, site after site."""
     return lambda labels, noise: sampler(model, model.encode(labels), noise)
 
 

@@ -1,15 +1,15 @@
-"""Classifier-free guidance (arXiv 2207.12598) of masked diffusion models."""
+"""Classifier-free guidance (arXiv 2207.12598)."""
 
 import math
 
 import torch
 from torch import Tensor
 
-from softgen.models.base import MaskedDiffusionModel
+from softgen.models.base import ImageCodeModel, MaskedDiffusionModel
 from softgen.models.conditions import Condition
 
 
-def check_guidance(model: MaskedDiffusionModel, scale: float, *, key: str = "guidance") -> None:
+def check_guidance(model: ImageCodeModel, scale: float, *, key: str = "guidance") -> None:
     """Refuse guidance that the model cannot give.
 
     Raises:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from softgen.models.base import MaskedDiffusionModel
+from softgen.models.base import ImageCodeModel, MaskedDiffusionModel
 from softgen.models.generator import OneStepGenerator
 from softgen.pretrained import CONFIG_NAME, resolve_folder
 from softgen.tokenizers.base import ImageTokenizer
@@ -40,7 +40,7 @@ def load_tokenizer(source: str | Path, *, key: str = "tokenizer") -> ImageTokeni
     return ImageTokenizer.from_pretrained(folder, key=key)
 
 
-def check_compatible(model: MaskedDiffusionModel, tokenizer: ImageTokenizer, *, key: str = "tokenizer") -> None:
+def check_compatible(model: ImageCodeModel, tokenizer: ImageTokenizer, *, key: str = "tokenizer") -> None:
     """Refuse a tokenizer whose codes are not those of the model.
 
     Raises:

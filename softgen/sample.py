@@ -10,15 +10,23 @@ import torch
 from torch import Tensor
 
 from softgen.cli import run_command
-from softgen.generation import TokenSource, balanced_labels, generate, one_step_tokens, teacher_tokens
+from softgen.generation import (
+    TokenSource,
+    autoregressive_tokens,
+    balanced_labels,
+    generate,
+    one_step_tokens,
+    teacher_tokens,
+)
 from softgen.guidance import check_guidance
 from softgen.images import save_grid, save_image
 from softgen.loading import check_compatible, load_tokenizer
 from softgen.masking import Schedule
-from softgen.models.base import MaskedDiffusionModel
+from softgen.models.autoregressive import AutoregressiveTransformer
+from softgen.models.base import ImageCodeModel, MaskedDiffusionModel
 from softgen.models.generator import OneStepGenerator
 from softgen.pretrained import Pretrained
-from softgen.sampling import HaltonSampler, MaskGITSampler, reveal_counts
+from softgen.sampling import AutoregressiveSampler, HaltonSampler, MaskGITSampler, reveal_counts
 
 PROGRAM = "softgen.sample"
 
@@ -45,7 +53,8 @@ def sample(
     """Sample images and write grid.png and images/00000.png, ... to a folder.
 
     Args:
-        model: Folder or hub id of a teacher, or of a one-step generator (which ignores the options of samplers).
+        model: Folder or hub id of a teacher, or of a one-step generator (which ignores the options of samplers), or of
+            an autoregressive model (which takes temperature and guidance).
         tokenizer: Folder or hub id; by default the one beside the model.
         out: Folder to write to.
         n: Number of images.
@@ -74,7 +83,11 @@ def sample(
     check_compatible(backbone, decoder)
     if isinstance(opened, OneStepGenerator):
         tokens_of: TokenSource = one_step_tokens(opened, temperature=temperature)
+    elif isinstance(backbone, AutoregressiveTransformer):
+        check_guidance(backbone, guidance)
+        tokens_of = autoregressive_tokens(backbone, AutoregressiveSampler(temperature=temperature, guidance=guidance))
     else:
+        assert isinstance(backbone, MaskedDiffusionModel)
         check_guidance(backbone, guidance)
         reveal_counts(schedule, num_sites=backbone.num_sites, steps=steps)
         chosen = (
@@ -112,14 +125,14 @@ def wanted_labels(labels: Sequence[int] | None, *, n: int, num_classes: int) -> 
     return torch.tensor(labels)[torch.arange(n) % len(labels)]
 
 
-def backbone_of(opened: Pretrained, *, key: str) -> MaskedDiffusionModel:
+def backbone_of(opened: Pretrained, *, key: str) -> ImageCodeModel:
     """The network of a teacher or of a generator.
 
     Raises:
         ValueError: If it is neither.
     """
     backbone = opened.model if isinstance(opened, OneStepGenerator) else opened
-    if not isinstance(backbone, MaskedDiffusionModel):
+    if not isinstance(backbone, ImageCodeModel):
         raise ValueError(f"{key}: expected a teacher or a one-step generator, got a {type(opened).__name__}")
     return backbone
 

@@ -1,4 +1,4 @@
-"""Multi-step samplers of masked diffusion models, with injectable noise.
+"""Multi-step samplers of masked diffusion models and of autoregressive ones, with injectable noise.
 
 Shape legend: B batch, N sites, K codes, L token positions.
 """
@@ -13,6 +13,7 @@ from torch import Tensor
 from softgen.categorical import Draw, UniformSource, sample_categorical
 from softgen.guidance import check_guidance, guided_logits
 from softgen.masking import Schedule, masked_fraction
+from softgen.models.autoregressive import AutoregressiveTransformer
 from softgen.models.base import MaskedDiffusionModel
 from softgen.models.conditions import Condition
 from softgen.relaxation import gumbel_noise
@@ -147,6 +148,42 @@ def _radical_inverse_cell(index: int, *, base: int, cells: int) -> int:
         index, digit = divmod(index, base)
         numerator, denominator = numerator * base + digit, denominator * base
     return numerator * cells // denominator
+
+
+@dataclass(frozen=True)
+class AutoregressiveSampler:
+    """Draws site after site in raster order, with cached keys and values: a pass of one position a site.
+
+    Args:
+        temperature: Of the drawn codes; 0 takes the likeliest.
+        guidance: Scale s of classifier-free guidance, u + s (c - u) on the logits; 1 is off.
+    """
+
+    temperature: float = 1.0
+    guidance: float = 1.0
+
+    @torch.no_grad()
+    def __call__(self, model: AutoregressiveTransformer, condition: Condition, noise: UniformSource) -> Tensor:
+        """Tokens (B, N).
+
+        Raises:
+            ValueError: If guidance is asked of a model without a null condition.
+        """
+        check_guidance(model, self.guidance)
+        guided = self.guidance != 1
+        asked = type(condition).cat([condition, condition.drop()]) if guided else condition
+        caches = model.new_caches()
+        drawn: list[Tensor] = []
+        for _ in range(model.num_sites):
+            previous = drawn[-1] if drawn else None
+            if previous is not None and guided:
+                previous = torch.cat([previous, previous])
+            logits = model.next_logits(previous, asked, caches)
+            if guided:
+                conditional, unconditional = logits.chunk(2)
+                logits = torch.lerp(unconditional, conditional, self.guidance)
+            drawn.append(sample_categorical(logits, noise, temperature=self.temperature)[:, 0])
+        return torch.stack(drawn, dim=1)
 
 
 def _all_masked(model: MaskedDiffusionModel, condition: Condition) -> Tensor:

@@ -1,7 +1,7 @@
 """Masked diffusion models, one-step generators, and an autoregressive model."""
 
 from softgen.models.autoregressive import AutoregressiveTransformer
-from softgen.models.base import MaskedDiffusionModel, ModelOutput
+from softgen.models.base import ImageCodeModel, MaskedDiffusionModel, ModelOutput
 from softgen.models.conditions import ClassCondition, Condition
 from softgen.models.generator import OneStepGenerator
 from softgen.models.transformer import MaskedTransformer
@@ -10,6 +10,7 @@ __all__ = [
     "AutoregressiveTransformer",
     "ClassCondition",
     "Condition",
+    "ImageCodeModel",
     "MaskedDiffusionModel",
     "MaskedTransformer",
     "ModelOutput",

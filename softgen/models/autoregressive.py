@@ -3,11 +3,13 @@
 Shape legend: B batch, N sites, K codes, d width.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from softgen.categorical import UniformSource, sample_categorical
+from softgen.models.base import ImageCodeModel
 from softgen.models.blocks import (
     Activation,
     KeyValueCache,
@@ -18,10 +20,9 @@ from softgen.models.blocks import (
     reset_transformer,
 )
 from softgen.models.conditions import ClassCondition, Condition
-from softgen.pretrained import Pretrained
 
 
-class AutoregressiveTransformer(Pretrained):
+class AutoregressiveTransformer(ImageCodeModel):
     """p(x | c) = prod_i p(x_i | x_<i, c), class-conditional, with the blocks of `MaskedTransformer` made causal.
 
     Args:
@@ -90,10 +91,6 @@ class AutoregressiveTransformer(Pretrained):
         self.head = nn.Linear(width, num_codes)
         reset_transformer(self.blocks, self.head)
 
-    def encode(self, labels: Tensor) -> Condition:
-        """Make the condition from class labels, (B,) int64."""
-        return ClassCondition.of(labels)
-
     def forward(self, tokens: Tensor, condition: Condition) -> Tensor:
         """Teacher-forced logits: those of site i see the tokens before i alone.
 
@@ -128,38 +125,23 @@ class AutoregressiveTransformer(Pretrained):
         shift, scale = self.modulation(pooled)
         return modulate(self.norm(x), shift=shift, scale=scale)
 
-    @torch.no_grad()
-    def sample(
-        self, condition: Condition, noise: UniformSource, *, temperature: float = 1.0, guidance: float = 1.0
-    ) -> Tensor:
-        """Draw tokens (B, N) site by site, with cached keys and values: one position a pass.
+    def new_caches(self) -> list[KeyValueCache]:
+        """Empty caches for `next_logits`, one a block."""
+        return [KeyValueCache(self.num_sites) for _ in self.blocks]
+
+    def next_logits(self, previous: Tensor | None, condition: Condition, caches: Sequence[KeyValueCache]) -> Tensor:
+        """Logits of the next site, (B, 1, K), at the cost of one position.
 
         Args:
+            previous: Codes of the site before it, (B,) int64; None at the first site.
             condition: B samples.
-            noise: One stream a sample.
-            temperature: Of the drawn codes; 0 takes the likeliest.
-            guidance: Scale s of classifier-free guidance, u + s (c - u) on the logits; 1 is off.
-
-        Raises:
-            ValueError: If guidance is asked of a model without a null condition.
+            caches: From `new_caches`; they remember the sites so far.
         """
-        if not guidance >= 0 or (guidance != 1 and not self.has_null_condition):
-            expected = "a scale of at least 0" if self.has_null_condition else "1, since there is no null condition"
-            raise ValueError(f"guidance: expected {expected}, got {guidance}")
-        batch = len(condition)
-        asked = condition if guidance == 1 else type(condition).cat([condition, condition.drop()])
-        pooled = self._pool(asked)
-        caches = [KeyValueCache(self.num_sites) for _ in self.blocks]
-        x = self.start.expand(len(asked), 1, -1)
-        drawn = []
-        for site in range(self.num_sites):
-            x = x + self.position[site]
-            for block, cache in zip(self.blocks, caches, strict=True):
-                x = block(x, pooled, cache)
-            logits: Tensor = self.head(self._finish(x, pooled))
-            if guidance != 1:
-                logits = torch.lerp(logits[batch:], logits[:batch], guidance)
-            drawn.append(sample_categorical(logits, noise, temperature=temperature))
-            following = drawn[-1] if guidance == 1 else torch.cat([drawn[-1], drawn[-1]])
-            x = self.token_embedding(following)
-        return torch.cat(drawn, dim=1)
+        pooled = self._pool(condition)
+        start = self.start.expand(len(condition), -1)
+        x = (start if previous is None else self.token_embedding(previous)) + self.position[caches[0].length]
+        x = x.unsqueeze(1)
+        for block, cache in zip(self.blocks, caches, strict=True):
+            x = block(x, pooled, cache)
+        logits: Tensor = self.head(self._finish(x, pooled))
+        return logits

@@ -25,28 +25,40 @@ class ModelOutput:
     hidden: tuple[Tensor, ...]
 
 
-class MaskedDiffusionModel(Pretrained, ABC):
-    """A network that predicts every masked site from the visible ones.
+class ImageCodeModel(Pretrained, ABC):
+    """A generative model of an image's codes, whatever the order in which it predicts them.
 
     Attributes:
         num_sites: N, categorical variables an image.
         num_codes: K, codes a site can take, the mask not counted.
-        num_tokens: L, vectors that the backbone sees.
-        mask_id: Token id that means "masked"; outside [0, K).
-        embedding_dim: d, width of the vectors.
-        num_layers: Layers that `taps` may name, 0 to num_layers - 1.
         num_classes: Classes of a class-conditional model, else 0.
         has_null_condition: Whether dropping the condition is defined, as guidance needs.
     """
 
     num_sites: int
     num_codes: int
+    num_classes: int = 0
+    has_null_condition: bool = True
+
+    def encode(self, labels: Tensor) -> Condition:
+        """Make the condition from class labels, (B,) int64."""
+        return ClassCondition.of(labels)
+
+
+class MaskedDiffusionModel(ImageCodeModel, ABC):
+    """A network that predicts every masked site from the visible ones.
+
+    Attributes:
+        num_tokens: L, vectors that the backbone sees.
+        mask_id: Token id that means "masked"; outside [0, K).
+        embedding_dim: d, width of the vectors.
+        num_layers: Layers that `taps` may name, 0 to num_layers - 1.
+    """
+
     num_tokens: int
     mask_id: int
     embedding_dim: int
     num_layers: int
-    num_classes: int = 0
-    has_null_condition: bool = True
 
     @abstractmethod
     def embed(self, tokens: Tensor) -> Tensor:
@@ -78,10 +90,6 @@ class MaskedDiffusionModel(Pretrained, ABC):
     @abstractmethod
     def embedding_parameters(self) -> Iterable[nn.Parameter]:
         """Parameters of the token embedding, which Di[M]O keeps frozen."""
-
-    def encode(self, labels: Tensor) -> Condition:
-        """Make the condition from class labels, (B,) int64."""
-        return ClassCondition.of(labels)
 
     def forward(self, embeddings: Tensor, condition: Condition) -> Tensor:
         """Logits over the K image codes.

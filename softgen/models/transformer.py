@@ -106,6 +106,16 @@ class MaskedTransformer(MaskedDiffusionModel):
 
     def run(self, embeddings: Tensor, condition: Condition, taps: Sequence[int]) -> ModelOutput:
         """See the base class."""
+        last, hidden = self._trunk(embeddings, condition, taps)
+        return ModelOutput(logits=self.head(last), hidden=hidden)
+
+    def hidden(self, embeddings: Tensor, condition: Condition) -> Tensor:
+        """What the output layer `head` turns into logits, (B, N, d); arguments as `forward`."""
+        return self._trunk(embeddings, condition, ())[0]
+
+    def _trunk(
+        self, embeddings: Tensor, condition: Condition, taps: Sequence[int]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         assert isinstance(condition, ClassCondition)
         null = self.num_classes
         pooled = self.class_embedding(condition.labels.masked_fill(condition.dropped, null))
@@ -119,5 +129,4 @@ class MaskedTransformer(MaskedDiffusionModel):
             if layer in taps:
                 hidden[layer] = x
         shift, scale = self.modulation(pooled)
-        logits = self.head(modulate(self.norm(x), shift=shift, scale=scale))
-        return ModelOutput(logits=logits, hidden=tuple(hidden[tap] for tap in taps))
+        return modulate(self.norm(x), shift=shift, scale=scale), tuple(hidden[tap] for tap in taps)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from softgen.data.base import Batch, ImageDataModule
 from softgen.data.token_cache import TokenCache
-from softgen.models.base import MaskedDiffusionModel
+from softgen.models.base import ImageCodeModel
 from softgen.models.conditions import Condition
 from softgen.pretrained import Pretrained, fingerprint
 from softgen.random import SampleRandom, derive_seed
@@ -97,7 +97,7 @@ class Stage(LightningModule, ABC):
         """This batch's draws of one named stream; a function of (seed, stream, sample's ordinal)."""
         return SampleRandom(derive_seed(self.seed, stream), batch["ordinal"], device=self.device)
 
-    def condition_of(self, batch: Batch, model: MaskedDiffusionModel) -> Condition:
+    def condition_of(self, batch: Batch, model: ImageCodeModel) -> Condition:
         """The batch's condition for a model; an unconditional model gets a placeholder."""
         if model.num_classes == 0:
             return model.encode(torch.zeros(len(batch["ordinal"]), dtype=torch.long, device=self.device))

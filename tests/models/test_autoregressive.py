@@ -7,6 +7,7 @@ import torch
 
 from softgen.models import AutoregressiveTransformer
 from softgen.random import SampleRandom
+from softgen.sampling import AutoregressiveSampler
 
 CODES, SITES, CLASSES = 5, 6, 3
 
@@ -38,7 +39,7 @@ def test_cached_sampling_draws_from_the_teacher_forced_logits(guidance: float) -
     model = _model()
     condition = model.encode(torch.arange(4) % CLASSES)
     noise = SampleRandom(3, range(4), device=torch.device("cpu"))
-    tokens = model.sample(condition, noise, guidance=guidance)
+    tokens = AutoregressiveSampler(guidance=guidance)(model, condition, noise)
     with torch.no_grad():
         logits = model(tokens, condition)
         if guidance != 1:
@@ -54,7 +55,9 @@ def test_cached_sampling_draws_from_the_teacher_forced_logits(guidance: float) -
 def test_temperature_zero_takes_the_likeliest() -> None:
     model = _model()
     condition = model.encode(torch.arange(3))
-    tokens = model.sample(condition, SampleRandom(0, range(3), device=torch.device("cpu")), temperature=0)
+    tokens = AutoregressiveSampler(temperature=0)(
+        model, condition, SampleRandom(0, range(3), device=torch.device("cpu"))
+    )
     assert torch.equal(tokens, model(tokens, condition).argmax(dim=-1))
 
 
@@ -64,8 +67,8 @@ def test_saved_and_reopened(tmp_path: Path) -> None:
     opened = AutoregressiveTransformer.from_pretrained(tmp_path / "model").double()
     condition, tokens = model.encode(torch.tensor([2])), torch.tensor([[0, 1, 2, 3, 4, 0]])
     torch.testing.assert_close(opened(tokens, condition), model(tokens, condition), rtol=1e-6, atol=1e-6)
-    with pytest.raises(ValueError, match=r"guidance: expected 1, since there is no null condition, got 2\.0"):
-        model.sample(condition, SampleRandom(0, range(1), device=torch.device("cpu")), guidance=2.0)
+    with pytest.raises(ValueError, match=r"guidance: expected 1, since this model has no null condition, got 2\.0"):
+        AutoregressiveSampler(guidance=2.0)(model, condition, SampleRandom(0, range(1), device=torch.device("cpu")))
 
 
 def test_recomputed_activations_give_the_same_gradient() -> None:
