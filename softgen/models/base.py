@@ -44,6 +44,13 @@ class ImageCodeModel(Pretrained, ABC):
         """Make the condition from class labels, (B,) int64."""
         return ClassCondition.of(labels)
 
+    def check(self, *, key: str) -> None:
+        """Refuse a model that contradicts itself.
+
+        Raises:
+            ValueError: Naming `key`.
+        """
+
 
 class MaskedDiffusionModel(ImageCodeModel, ABC):
     """A network that predicts every masked site from the visible ones.

@@ -1,4 +1,4 @@
-"""Stage 2: train a masked diffusion teacher on the codes of a tokenizer."""
+"""Stage 2: train a teacher on the codes of a tokenizer: masked diffusion, or autoregressive."""
 
 import sys
 from dataclasses import dataclass
@@ -12,12 +12,13 @@ from softgen.data.base import Batch, ImageDataModule
 from softgen.distributed import masked_mean
 from softgen.loading import check_compatible, load_tokenizer
 from softgen.masking import MaskLaw, draw_mask_ratio, exact_mask, mask_counts
+from softgen.models.autoregressive import AutoregressiveTransformer
 from softgen.models.base import MaskedDiffusionModel
 from softgen.models.conditions import Condition
 from softgen.pretrained import Pretrained
 from softgen.random import SampleRandom, derive_seed
 from softgen.relaxation import Distance, auto_two_tau_squared, neighbour_distribution, perplexity
-from softgen.sampling import MaskGITSampler
+from softgen.sampling import AutoregressiveSampler, MaskGITSampler
 from softgen.tokenizers.base import ImageTokenizer
 from softgen.training.optimization import OptimizerConfig
 from softgen.training.stage import Stage, check_images, check_num_classes
@@ -35,11 +36,12 @@ class _Example:
 
 
 class TeacherTraining(Stage):
-    """Masked cross-entropy: mask a random share of the sites, predict them from the others.
+    """Cross-entropy of masked sites, predicted from the others; or, autoregressive, of each from those before it.
 
     Args:
         tokenizer: Folder or hub id of the tokenizer, or the tokenizer itself. Its weights stay as they are.
-        model: The network, e.g. `softgen.models.MaskedTransformer`.
+        model: The network, e.g. `softgen.models.MaskedTransformer`, or `softgen.models.AutoregressiveTransformer`
+            (SNCE, eq. 13), which no mask law and no weighting concerns.
         optimizer: Settings of its parameters.
         target: `hard` codes, `label_smoothing`, or `snce`: the neighbours of the latent (arXiv SNCE, eq. 8).
         label_smoothing: For that target, in [0, 1].
@@ -57,7 +59,7 @@ class TeacherTraining(Stage):
         self,
         *,
         tokenizer: str | ImageTokenizer,
-        model: MaskedDiffusionModel,
+        model: MaskedDiffusionModel | AutoregressiveTransformer,
         optimizer: OptimizerConfig = OptimizerConfig(lr=3e-4, betas=(0.9, 0.96)),  # noqa: B008 - frozen
         target: Target = "hard",
         label_smoothing: float = 0.1,
@@ -88,7 +90,7 @@ class TeacherTraining(Stage):
         self.weighting = weighting
         self.mask_law = mask_law
         self.label_dropout = label_dropout if model.has_null_condition else 0.0
-        self.preview_sampler = MaskGITSampler(steps=min(preview_steps, model.num_sites))
+        self.preview_steps = min(preview_steps, model.num_sites)
 
     @property
     def tokenizer(self) -> ImageTokenizer:
@@ -117,19 +119,20 @@ class TeacherTraining(Stage):
         example = self._tokenise(batch)
         noise = self.noise(batch, "teacher")
         condition = self._condition(batch).drop(noise.uniform() < self.label_dropout)
-        loss, mask_ratio = self._loss(example, condition, noise)
-        return self.report(batch, {self.target: loss}, {"mask_ratio": mask_ratio})
+        return self.report(batch, {self.target: self._loss(example, condition, noise)}, {})
 
-    def _loss(self, example: _Example, condition: Condition, noise: SampleRandom) -> tuple[Tensor, Tensor]:
+    def _loss(self, example: _Example, condition: Condition, noise: SampleRandom) -> Tensor:
+        if isinstance(self.model, AutoregressiveTransformer):
+            return self._site_loss(self.model(example.tokens, condition), example).mean()
         sites = self.model.num_sites
         counts = mask_counts(draw_mask_ratio(self.mask_law, noise.uniform()), sites)
         mask = exact_mask(counts, noise.uniform(sites))
         logits = self.model(self.model.embed(example.tokens.masked_fill(mask, self.model.mask_id)), condition)
         per_site = self._site_loss(logits, example)
-        ratio = counts / sites
         if self.weighting == "elbo":
-            return (per_site * mask / ratio.unsqueeze(-1)).mean(), ratio.mean()
-        return masked_mean(per_site, mask), ratio.mean()
+            ratio = counts / sites
+            return (per_site * mask / ratio.unsqueeze(-1)).mean()
+        return masked_mean(per_site, mask)
 
     def _site_loss(self, logits: Tensor, example: _Example) -> Tensor:
         if self.target != "snce":
@@ -187,7 +190,7 @@ class TeacherTraining(Stage):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Held-out loss under the same noise every time."""
-        loss, _ = self._loss(self._tokenise(batch), self._condition(batch), self.noise(batch, "validation"))
+        loss = self._loss(self._tokenise(batch), self._condition(batch), self.noise(batch, "validation"))
         self.log(f"val/{self.target}", loss, batch_size=len(batch["ordinal"]), sync_dist=True)
 
     @torch.no_grad()
@@ -195,4 +198,9 @@ class TeacherTraining(Stage):
         """Samples under the batch's conditions."""
         small = {**batch, "ordinal": batch["ordinal"][:32]}
         condition = self._condition(batch)[: len(small["ordinal"])]
-        return self.tokenizer.decode(self.preview_sampler(self.model, condition, self.noise(small, "preview")))
+        noise = self.noise(small, "preview")
+        if isinstance(self.model, AutoregressiveTransformer):
+            tokens = AutoregressiveSampler()(self.model, condition, noise)
+        else:
+            tokens = MaskGITSampler(steps=self.preview_steps)(self.model, condition, noise)
+        return self.tokenizer.decode(tokens)

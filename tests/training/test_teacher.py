@@ -10,7 +10,7 @@ from torch import Tensor
 
 from softgen.data import Digits, TokenCache, write_token_cache
 from softgen.data.base import Batch
-from softgen.models import MaskedTransformer
+from softgen.models import AutoregressiveTransformer, MaskedTransformer
 from softgen.tokenizers import ConvVQTokenizer
 from softgen.training import OptimizerConfig, TeacherTraining
 
@@ -22,6 +22,16 @@ def tokenizer() -> ConvVQTokenizer:
 
 def _stage(tokenizer: ConvVQTokenizer, **options: object) -> TeacherTraining:
     model = MaskedTransformer(num_codes=12, num_sites=16, num_classes=10, width=16, depth=1, heads=2)
+    return TeacherTraining(
+        tokenizer=tokenizer,
+        model=model,
+        optimizer=OptimizerConfig(lr=3e-3),
+        **options,  # type: ignore[arg-type]
+    )
+
+
+def _autoregressive(tokenizer: ConvVQTokenizer, **options: object) -> TeacherTraining:
+    model = AutoregressiveTransformer(num_codes=12, num_sites=16, num_classes=10, width=16, depth=1, heads=2)
     return TeacherTraining(
         tokenizer=tokenizer,
         model=model,
@@ -71,6 +81,18 @@ def test_loss_falls(tokenizer: ConvVQTokenizer, target: str, weighting: str) -> 
     del stage.report  # type: ignore[attr-defined]
     _trainer(40).fit(stage, datamodule=data)
     assert _loss(stage, _batch(256)) < 0.9 * before
+
+
+@pytest.mark.parametrize("target", ["hard", "snce"])
+def test_an_autoregressive_teacher_learns_and_draws(tokenizer: ConvVQTokenizer, target: str) -> None:
+    stage = _autoregressive(tokenizer, target=target)
+    data = Digits(batch_size=64)
+    _trainer(1).fit(stage, datamodule=data)
+    before = _loss(stage, _batch(256))
+    del stage.report  # type: ignore[attr-defined]
+    _trainer(40).fit(stage, datamodule=data)
+    assert _loss(stage, _batch(256)) < 0.9 * before
+    assert stage.preview(_batch(8)).shape == (8, 3, 8, 8)
 
 
 def test_auto_two_tau_squared_is_settled_on_the_data(tokenizer: ConvVQTokenizer) -> None:
