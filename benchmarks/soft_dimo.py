@@ -13,6 +13,7 @@ import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from softgen.data import write_token_cache
 from softgen.evaluate import named_protocol, write_json
 from softgen.generation import balanced_labels, generate, one_step_tokens
 from softgen.metrics import SmallClassifier, class_log_probability
+from softgen.metrics.protocol import Protocol
 from softgen.models.generator import OneStepGenerator
 from softgen.random import SampleRandom
 from softgen.recipes import find_recipe
@@ -47,8 +49,8 @@ def benchmark(
     only: list[str] | None = None,
     out: str = "runs/benchmarks",
     processes: int = 2,
-    steps: int = 200,
-    critic_steps: int = 100,
+    steps: int = 160,
+    critic_steps: int = 60,
     early_steps: int = 300,
     n: int = 10_000,
     tteo_n: int = 300,
@@ -164,8 +166,7 @@ def _logs(folder: Path) -> dict[str, float]:
 def _score(setting: Setting, folder: Path) -> dict[str, float | None]:
     """Quality on n draws that are the same for every arm of the seed, and how sharp the student is."""
     generator, tokenizer = load_generator(folder), load_tokenizer(setting.pipeline / "3_dimo" / "model")
-    path = str(setting.pipeline / "extractor")
-    protocol = named_protocol(DATA, data_root=setting.data_root, folder=path, progress=False)
+    protocol = _protocol(setting.data_root, setting.pipeline / "extractor")
     labels = balanced_labels(setting.n, num_classes=10)
     made = generate(one_step_tokens(generator), tokenizer, labels, seed=setting.seed)
     quality = protocol.score(made.images, labels)
@@ -175,6 +176,11 @@ def _score(setting: Setting, folder: Path) -> dict[str, float | None]:
         "reward": class_log_probability(made.images, labels, classifier=judge),
         **_sharpness(generator, tokenizer),
     }
+
+
+@cache
+def _protocol(data_root: str, extractor: Path) -> Protocol:
+    return named_protocol(DATA, data_root=data_root, folder=str(extractor), progress=False)
 
 
 @torch.inference_mode()
