@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -96,6 +97,7 @@ class SoftDiMO(Stage):
     def setup(self, stage: str) -> None:
         """As every stage; and say so when nobody watches that the samples stay of their class."""
         super().setup(stage)
+        self._check_precision()
         refining = [objective.name for objective in self._objectives() if objective.needs_tokenizer]
         watches = [callback for callback in self.trainer.callbacks if isinstance(callback, AccuracyWatch)]  # type: ignore[attr-defined]
         if stage == "fit" and refining and self.teacher.num_classes and not any(watch.watching for watch in watches):
@@ -103,6 +105,35 @@ class SoftDiMO(Stage):
                 f"Class accuracy is not watched while {', '.join(refining)} moves the student: "
                 "accuracy_watch.classifier takes the folder of an independent classifier"
             )
+
+    def _check_precision(self) -> None:
+        """Half precision that gradients taken inside the step, or heads in float32, cannot work in is refused."""
+        precision = self.trainer.precision
+        refined = [objective for objective in self._objectives() if objective.needs_tokenizer]
+        inside = refined or [objective for objective in self._objectives() if objective.weight == "auto"]
+        if (refined and precision in ("16-true", "bf16-true")) or (inside and precision == "16-mixed"):
+            raise ValueError(
+                f"trainer.precision: expected 32-true or bf16-mixed, since {inside[0].name} takes gradients of its "
+                f"own and keeps float32, got {precision}"
+            )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Also what the warning about the gap compares with, and the scale of the logits, which no weight holds."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["soft_dimo"] = {"smallest_gap": self._smallest_gap, "logit_scale": self.student.logit_scale}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse to resume at another scale of the logits.
+
+        Raises:
+            ValueError: Naming the scale.
+        """
+        super().on_load_checkpoint(checkpoint)
+        kept = checkpoint.get("soft_dimo", {})
+        expected, got = kept.get("logit_scale", self.student.logit_scale), self.student.logit_scale
+        if expected != got:
+            raise ValueError(f"model.sharpen: expected a student whose logits are scaled by {expected}, got {got}")
+        self._smallest_gap = kept.get("smallest_gap", self._smallest_gap)
 
     def _set_up(self, objective: Objective) -> None:
         if objective.needs_tokenizer and self.tokenizer is None:
@@ -167,11 +198,10 @@ class SoftDiMO(Stage):
         objectives = {objective.name: objective for objective in self._objectives()}
         results = {name: objective(state) for name, objective in objectives.items()}
         terms = weigh(results, objectives, state.logits)
-        held = self._critics_alone(state.step)
         losses: dict[str, Tensor] = {}
         logs: dict[str, Tensor] = {}
         for name, result in results.items():
-            losses[name] = 0 * terms[name].loss if held else terms[name].loss
+            losses[name] = terms[name].loss
             if result.critic is not None:
                 losses[f"{name}_critic"] = result.critic
             logs.update({f"{name}_{key}": value for key, value in result.logs.items()})
@@ -193,6 +223,7 @@ class SoftDiMO(Stage):
             tokens=tokens,
             batch=batch,
             step=self.global_step,
+            student_step=max(0, self.global_step - self._critic_steps),
             noise=lambda stream: self.noise(batch, stream),
         )
 
@@ -201,16 +232,19 @@ class SoftDiMO(Stage):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """While critics learn alone, the student has no gradient: Adam leaves it and its moments as they are."""
-        if self._critics_alone(self.global_step):
+        if self.global_step < self._critic_steps:
             for parameter in self.student.parameters():
                 parameter.grad = None
 
-    def _critics_alone(self, step: int) -> bool:
-        return step < max(objective.critic_only_steps for objective in self._objectives())
+    @property
+    def _critic_steps(self) -> int:
+        """Steps at the start in which the student is held."""
+        return max(objective.critic_only_steps for objective in self._objectives())
 
     def parameter_groups(self) -> Iterable[ParameterGroup]:
         """`student`, and one a critic."""
-        groups = [ParameterGroup("student", list(self.student.parameters()), self.optimizer_config)]
+        student = list(self.student.parameters())
+        groups = [ParameterGroup("student", student, self.optimizer_config, first_step=self._critic_steps)]
         for objective in self._objectives():
             groups.extend(objective.parameter_groups())
         return groups

@@ -8,6 +8,10 @@ from torch import Tensor
 
 from distill.objectives.base import Objective, ObjectiveLosses, with_value_and_gradient
 from softgen.distributed import mean_over_ranks
+from softgen.relaxation import widen
+
+MAX_WEIGHT = 1000.0
+"""Largest automatic weight; the paper's largest fixed one is 200."""
 
 
 @dataclass(frozen=True)
@@ -24,8 +28,11 @@ def weigh(
     """Weigh the generator's terms.
 
     With fixed weights this is a product. An objective of weight `auto` is scaled so that the norm of its gradient at
-    the student's logits is `weight_ratio` times that of the first objective's. The gradients are taken at the logits
+    the student's logits is `weight_ratio` times that of the first objective's. The weight never exceeds `MAX_WEIGHT`,
+    and is 0 where the gradient is: an objective that is satisfied is left alone. The gradients are taken at the logits
     and handed on as they are, so that nothing behind the logits is run backwards twice.
+
+    Under gradient accumulation each micro-batch has a weight of its own.
 
     Args:
         results: What the objectives returned, by name; the first is the anchor.
@@ -41,10 +48,11 @@ def weigh(
     terms: dict[str, WeightedTerm] = {}
     for name, result in results.items():
         objective, gradient = objectives[name], gradients[name]
-        norm = mean_over_ranks(gradient.float().square().sum()).sqrt()
+        norm = mean_over_ranks(widen(gradient).square().sum()).sqrt()
         if objective.weight == "auto":
             assert anchor is not None, "SoftDiMO refuses an automatic weight on the first objective"
-            weight: Tensor | float = objective.weight_ratio * anchor / norm.clamp(min=torch.finfo(norm.dtype).tiny)
+            wanted = objective.weight_ratio * anchor / norm.clamp(min=torch.finfo(norm.dtype).tiny)
+            weight: Tensor | float = torch.where(norm > 0, wanted.clamp(max=MAX_WEIGHT), 0.0)
         else:
             weight = objective.weight
         if anchor is None:

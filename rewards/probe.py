@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from rewards.base import Reward
+from rewards.composite import CompositeReward
 from rewards.conditions import Conditions
 from rewards.errors import one_line
 
@@ -16,7 +17,7 @@ def check_reward(
     The images come from a generator of their own: the global random state is left as it was.
 
     Args:
-        reward: On the device and in the precision in which it will be used.
+        reward: On the device and in the precision in which it will be used; of a composite, each part is probed.
         image_size: Height and width of the images in pixels; one number for both.
         conditions: B prompts or labels, of the kind that the reward will get.
         gradient: Whether the gradient is asked for; a reward that is only logged needs none.
@@ -25,6 +26,12 @@ def check_reward(
         ValueError: In one line with the reward's name: it cannot score such images, its scores have the wrong shape or
             are not finite, or the gradient does not reach the pixels or is not finite.
     """
+    if isinstance(reward, CompositeReward):
+        for name, part in zip(reward.names, reward.rewards, strict=True):
+            assert isinstance(part, Reward)
+            climbed = gradient and reward.weights[name] != 0
+            check_reward(part, image_size=image_size, conditions=conditions, gradient=climbed)
+        return
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     generator = torch.Generator().manual_seed(0)
     pixels = torch.rand(len(conditions), 3, height, width, generator=generator)

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from rewards import Reward, check_reward
+from rewards import Reward, build, check_reward
 from softgen.cli import run_command
 from softgen.evaluate import write_json
 from softgen.images import save_grid, save_image
@@ -21,9 +21,9 @@ def tteo(
     *,
     generator: str,
     label: int | list[int],
-    reward: Reward,
+    reward: Reward | str,
     tokenizer: str | None = None,
-    out: str = "tteo",
+    out: str = "runs/tteo",
     settings: TTEOSettings = TTEOSettings(),  # noqa: B008 - frozen
     seed: int = 0,
     device: str | None = None,
@@ -33,7 +33,8 @@ def tteo(
     Args:
         generator: Folder or hub id of a one-step generator.
         label: Class, or a list of classes, one image each (times `settings.candidates`).
-        reward: What is climbed, e.g. `rewards.ClassifierReward`.
+        reward: What is climbed, e.g. `rewards.ClassifierReward`; or a name that `python -m rewards list` shows, for
+            one that needs no arguments.
         tokenizer: Folder or hub id; by default the one beside the generator.
         out: Folder to write to.
         settings: How the embedding is moved.
@@ -49,7 +50,7 @@ def tteo(
     model = load_generator(generator).to(target)
     decoder = load_tokenizer(tokenizer if tokenizer is not None else generator).to(target)
     labels = torch.tensor([label] if isinstance(label, int) else label, dtype=torch.long)
-    scorer = reward.to(target)
+    scorer = (build(reward) if isinstance(reward, str) else reward).to(target)
     if len(labels):
         check_reward(scorer, image_size=decoder.image_size, conditions=labels[:1].to(target))
     result = optimize(model, decoder, scorer, labels, settings=settings, seed=seed)

@@ -23,7 +23,7 @@ from softgen.relaxation import probabilities
 from softgen.tokenizers.base import ImageTokenizer
 from tteo.result import TTEOResult, concatenate
 
-Conditions = Tensor | Sequence[str]
+Conditions = Tensor | Sequence[str] | Sequence[int]
 
 
 class Score(Protocol):
@@ -109,9 +109,11 @@ def optimize(
     settings.check()
     if len(conditions) == 0:
         raise ValueError("conditions: expected at least one label or prompt, got none")
+    if not isinstance(conditions, Tensor) and all(isinstance(condition, int) for condition in conditions):
+        conditions = torch.tensor(conditions)
     check_compatible(generator.model, tokenizer)
     size = settings.batch_size or len(conditions)
-    with _frozen(generator, tokenizer, reward, judge):
+    with _frozen(generator, tokenizer, reward, judge), torch.enable_grad():
         parts = []
         for first in range(0, len(conditions), size):
             part = conditions[first : first + size]
@@ -193,7 +195,11 @@ class _Search:
         """One gradient step; returns the soft scores that it was taken on."""
         probs = probabilities(logits)
         images = self.tokenizer.decode_embeddings(self.tokenizer.embed_soft(probs))
-        scores = _checked(self.reward(images, self.conditions), len(self.conditions))
+        scores = _checked(self.reward(images, self.conditions), len(self.conditions), name=_name(self.reward))
+        if not scores.requires_grad:
+            raise ValueError(
+                f"reward {_name(self.reward)}: expected a gradient that reaches the pixels, got scores without a graph"
+            )
         pull = self.settings.pull * (embeddings - self.start).square().sum() if self.settings.pull else 0.0
         (gradient,) = torch.autograd.grad(pull - scores.sum(), embeddings)
         if self.settings.clip:
@@ -207,7 +213,7 @@ class _Search:
     def _judge_hard(self, logits: Tensor, embeddings: Tensor, step: int) -> "_Best":
         tokens = invert_cdf(probabilities(logits, temperature=self.settings.temperature), self.uniform)
         images = self.tokenizer.decode(tokens)
-        scores = _checked(self.judge(images, self.conditions), len(self.conditions)).float()
+        scores = _checked(self.judge(images, self.conditions), len(self.conditions), name=_name(self.judge)).float()
         steps = torch.full_like(scores, step, dtype=torch.long)
         return _Best(images=images, tokens=tokens, embeddings=embeddings.clone(), scores=scores, step=steps)
 
@@ -236,10 +242,10 @@ class _Best:
         )
 
 
-def _repeat(conditions: Conditions, times: int, device: torch.device) -> Conditions:
+def _repeat(conditions: Conditions, times: int, device: torch.device) -> Tensor | list[str]:
     if isinstance(conditions, Tensor):
         return conditions.to(device).repeat_interleave(times)
-    return [prompt for prompt in conditions for _ in range(times)]
+    return [str(prompt) for prompt in conditions for _ in range(times)]
 
 
 def _encode(generator: OneStepGenerator, conditions: Conditions) -> Condition:
@@ -251,12 +257,17 @@ def _encode(generator: OneStepGenerator, conditions: Conditions) -> Condition:
     return generator.model.encode(conditions)
 
 
-def _checked(scores: Tensor, count: int) -> Tensor:
+def _checked(scores: Tensor, count: int, *, name: str) -> Tensor:
     if scores.shape != (count,):
-        raise ValueError(f"reward: expected scores of shape ({count},), got {tuple(scores.shape)}")
+        raise ValueError(f"reward {name}: expected scores of shape ({count},), got {tuple(scores.shape)}")
     if not bool(scores.isfinite().all()):
-        raise ValueError(f"reward: expected finite scores, got NaN or infinity in {int((~scores.isfinite()).sum())}")
+        wrong = int((~scores.isfinite()).sum())
+        raise ValueError(f"reward {name}: expected finite scores, got NaN or infinity in {wrong} of {count}")
     return scores
+
+
+def _name(reward: Score) -> str:
+    return str(getattr(reward, "name", None) or getattr(reward, "__name__", None) or type(reward).__name__)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 Shape legend: B batch, N sites, K codes, L vectors of width d.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -34,6 +35,7 @@ class DistillState:
         tokens: Codes sampled from them, (B, N).
         batch: What the data module gave.
         step: Optimizer steps done so far.
+        student_step: Those of them in which the student was trained.
         noise: Makes the draws of a named stream, one row a sample.
     """
 
@@ -45,6 +47,7 @@ class DistillState:
     tokens: Tensor
     batch: Batch
     step: int
+    student_step: int
     noise: Callable[[str], SampleRandom]
 
 
@@ -72,7 +75,7 @@ class Objective(nn.Module, ABC):
     Args:
         weight: w_i, at least 0; or `auto`: the gradient at the student's logits is held at `weight_ratio` times the
             first objective's.
-        weight_ratio: For `auto`, above 0.
+        weight_ratio: For `auto`, above 0; see `distill.weighting.weigh` for when the weight stays below it.
 
     Attributes:
         name: Used in logs, error messages and the names of optimizer groups.
@@ -90,8 +93,8 @@ class Objective(nn.Module, ABC):
 
     def __init__(self, *, weight: float | Literal["auto"] = 1.0, weight_ratio: float = 1.0) -> None:
         super().__init__()
-        if weight != "auto" and not weight >= 0:
-            raise ValueError(f"{type(self).__name__}.weight: expected 'auto' or a number of at least 0, got {weight}")
+        if weight != "auto" and not (isinstance(weight, (int, float)) and 0 <= weight < math.inf):
+            raise ValueError(f"{type(self).__name__}.weight: expected 'auto' or a number of at least 0, got {weight!r}")
         if not weight_ratio > 0:
             raise ValueError(f"{type(self).__name__}.weight_ratio: expected a number above 0, got {weight_ratio}")
         self.weight = weight

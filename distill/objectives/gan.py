@@ -15,7 +15,7 @@ from distill.objectives.base import DistillState, Objective, ObjectiveLosses
 from softgen.masking import exact_mask
 from softgen.models.base import MaskedDiffusionModel
 from softgen.random import SampleRandom
-from softgen.relaxation import Relaxation, widen
+from softgen.relaxation import Relaxation, full_precision, widen
 from softgen.tokenizers.base import ImageTokenizer
 from softgen.training.optimization import OptimizerConfig, ParameterGroup
 
@@ -103,9 +103,10 @@ class DiscriminatorHeads(nn.Module):
             condition: (B, c).
         """
         verdicts = []
-        for hidden, norm, head in zip(features, self.norms, self.heads, strict=True):
-            tokens = norm(widen(hidden))
-            verdicts.append(head(tokens, condition.to(tokens.dtype)))
+        with full_precision(condition):
+            for hidden, norm, head in zip(features, self.norms, self.heads, strict=True):
+                tokens = norm(widen(hidden))
+                verdicts.append(head(tokens, condition.to(tokens.dtype)))
         return torch.stack(verdicts, dim=1)
 
 
@@ -160,6 +161,10 @@ class GAN(Objective):
             raise ValueError(f"GAN.head: expected one of {', '.join(get_args(Head))}, got {head!r}")
         if loss not in get_args(AdversarialLoss):
             raise ValueError(f"GAN.loss: expected one of {', '.join(get_args(AdversarialLoss))}, got {loss!r}")
+        if taps is not None and not taps:
+            raise ValueError("GAN.taps: expected at least one layer, got none")
+        if head_width < 1:
+            raise ValueError(f"GAN.head_width: expected at least 1, got {head_width}")
         low, high = mask_ratio
         if not 0 <= low <= high < 1:
             raise ValueError(f"GAN.mask_ratio: expected two rising numbers in [0, 1), got {list(mask_ratio)}")
@@ -226,8 +231,10 @@ class GAN(Objective):
 
     def _fake_embeddings(self, state: DistillState, noise: SampleRandom) -> Tensor:
         mask = self._mask(state, noise)
-        uniform = noise.uniform(*state.logits.shape[1:]) if self.relaxation.needs_noise else None
-        probs = self.relaxation.relax(state.logits, tokens=state.tokens, uniform=uniform, step=state.step)
+        # A stream of its own: whatever the relaxation, the masks are the same draws.
+        shape = state.logits.shape[1:]
+        uniform = state.noise("gan_relaxation").uniform(*shape) if self.relaxation.needs_noise else None
+        probs = self.relaxation.relax(state.logits, tokens=state.tokens, uniform=uniform, step=state.student_step)
         return state.teacher.embed_soft(probs, mask)
 
     @torch.no_grad()
@@ -239,10 +246,10 @@ class GAN(Objective):
         return state.teacher.embed(tokens.masked_fill(self._mask(state, noise), state.teacher.mask_id))
 
     def _mask(self, state: DistillState, noise: SampleRandom) -> Tensor:
-        """Masks of a share r ~ U[low, high], exact counts, drawn anew for real and fake."""
+        """Masks of a share r ~ U[low, high], exact counts that leave a site visible, anew for real and fake."""
         low, high = self.mask_ratio
         sites = state.teacher.num_sites
-        counts = ((low + (high - low) * noise.uniform()) * sites).round().long()
+        counts = ((low + (high - low) * noise.uniform()) * sites).round().long().clamp(max=sites - 1)
         return exact_mask(counts, noise.uniform(sites))
 
     def _generator_loss(self, on_fake: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ codes, so that the gradient of the rewards reaches the student.
 Shape legend: B batch, N sites, K codes, D width of a code vector, M images a micro-batch.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -102,15 +102,9 @@ class Reward(Objective):
         """Probe every reward before anything is trained; those that are climbed with a gradient."""
         assert tokenizer is not None
         labels = torch.tensor([0, max(0, teacher.num_classes - 1)])
-        for name, reward in self._by_name():
-            climbed = self.rewards.weights.get(name, 0) != 0
-            check_reward(reward, image_size=tokenizer.image_size, conditions=labels, gradient=climbed)
-
-    def _by_name(self) -> Iterable[tuple[str, RewardModel]]:
-        held_out = [reward for name, reward in self._frozen.items() if name != "rewards"]
-        for reward in (*self.rewards.rewards, *held_out):
+        for name, reward in self._frozen.items():
             assert isinstance(reward, RewardModel)
-            yield reward.name, reward
+            check_reward(reward, image_size=tokenizer.image_size, conditions=labels, gradient=name == "rewards")
 
     def forward(self, state: DistillState) -> ObjectiveLosses:
         """Decode, score, and take the gradient at the decoder embeddings, one micro-batch after the other."""
@@ -137,8 +131,8 @@ class Reward(Objective):
     def _probabilities(self, state: DistillState) -> Tensor:
         uniform = None
         if self.relaxation.needs_noise:
-            uniform = state.noise(self.name).uniform(*state.logits.shape[1:])
-        return self.relaxation.relax(state.logits, tokens=state.tokens, uniform=uniform, step=state.step)
+            uniform = state.noise("reward_relaxation").uniform(*state.logits.shape[1:])
+        return self.relaxation.relax(state.logits, tokens=state.tokens, uniform=uniform, step=state.student_step)
 
     def _conditions(self, state: DistillState) -> Tensor:
         """The batch's labels (B,); zeros for a model without classes."""

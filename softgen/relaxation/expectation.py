@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from softgen.relaxation.precision import widen
+from softgen.relaxation.precision import full_precision, widen
 
 
 def probabilities(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
@@ -39,4 +39,5 @@ def expected_embedding(probs: Tensor, embedding: Tensor) -> Tensor:
     """
     if probs.shape[-1] != embedding.shape[0]:
         raise ValueError(f"probs: expected a last dimension of {embedding.shape[0]} codes, got {probs.shape[-1]}")
-    return probs.to(embedding.dtype) @ embedding
+    with full_precision(embedding):
+        return probs.to(embedding.dtype) @ embedding

@@ -63,11 +63,13 @@ class ParameterGroup:
         name: Shown in the logs: `student`, `auxiliary`, ...
         parameters: Those with `requires_grad` are trained.
         config: The group's settings.
+        first_step: Steps at the start in which the group is held: its schedule begins after them.
     """
 
     name: str
     parameters: Sequence[nn.Parameter]
     config: OptimizerConfig
+    first_step: int = 0
 
 
 def build_optimizer(groups: Iterable[ParameterGroup], *, fused: bool) -> torch.optim.Optimizer:
@@ -94,10 +96,12 @@ def build_optimizer(groups: Iterable[ParameterGroup], *, fused: bool) -> torch.o
     return torch.optim.AdamW(param_groups, fused=fused)
 
 
-def lr_factor(config: OptimizerConfig, *, total_steps: int) -> Callable[[int], float]:
-    """The share of the peak rate at each step: warm-up, then decay to `final_factor` at `total_steps`."""
+def lr_factor(config: OptimizerConfig, *, total_steps: int, first_step: int = 0) -> Callable[[int], float]:
+    """The share of the peak rate at each step: warm-up from `first_step`, then decay to `final_factor` at the end."""
+    total_steps -= first_step
 
     def factor(step: int) -> float:
+        step = max(0, step - first_step)
         if step < config.warmup_steps:
             return (step + 1) / (config.warmup_steps + 1)
         if config.decay == "constant":

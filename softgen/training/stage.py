@@ -132,7 +132,10 @@ class Stage(LightningModule, ABC):
         # The fused kernel unscales gradients itself, after our clipping: not with a gradient scaler.
         optimizer = build_optimizer(groups, fused=self.trainer.precision != "16-mixed")
         total_steps = self._total_steps(groups)
-        by_name = {group.name: lr_factor(group.config, total_steps=total_steps) for group in groups}
+        by_name = {
+            group.name: lr_factor(group.config, total_steps=total_steps, first_step=group.first_step)
+            for group in groups
+        }
         factors = [by_name[param_group["name"]] for param_group in optimizer.param_groups]
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -73,6 +73,7 @@ def case(**settings: Any) -> Case:
         tokens=sample_categorical(logits.detach(), noise),
         batch=BATCH,
         step=0,
+        student_step=0,
         noise=lambda stream: stage.noise(BATCH, stream),
     )
     return Case(stage, objective, state, expected_mask(settings.get("mask_law", "arccos")))

@@ -52,6 +52,7 @@ def _state(module: SoftDiMO, logits: Tensor, step: int = 0) -> DistillState:
             "ordinal": list(range(BATCH)),
         },
         step=step,
+        student_step=step,
         noise=lambda stream: SampleRandom(derive_seed(0, stream), range(BATCH), device=logits.device),
     )
 
@@ -152,6 +153,7 @@ def _bare_state(logits: Tensor) -> DistillState:
         tokens=logits.argmax(-1),
         batch={},
         step=0,
+        student_step=0,
         noise=None,  # type: ignore[arg-type]
     )
 
@@ -184,6 +186,9 @@ def test_sharpen_of_a_student_whose_probabilities_underflow() -> None:
             "GAN.relaxation.kind: expected one of soft, gumbel_st, st, soft_topk, annealed "
             "(hard tokens have no gradient), got 'hard'",
         ),
+        ({"taps": []}, "GAN.taps: expected at least one layer, got none"),
+        ({"head_width": 0}, "GAN.head_width: expected at least 1, got 0"),
+        ({"weight": "atuo"}, "GAN.weight: expected 'auto' or a number of at least 0, got 'atuo'"),
         ({"weight": -1.0}, "GAN.weight: expected 'auto' or a number of at least 0, got -1.0"),
         ({"head": "global"}, "GAN.head: expected one of pooled, per_token, spatial, got 'global'"),
     ],
@@ -203,3 +208,54 @@ def test_needs_images_and_an_anchor(teacher: MaskedTransformer, tokenizer: ConvV
         _module(teacher, tokenizer, GAN(weight="auto"))
     with pytest.raises(ValueError, match=r"data.num_classes: expected 3 as the model has, got 10"):
         module.check_data(Digits())
+
+
+def test_an_automatic_weight_lets_a_satisfied_objective_go(
+    teacher: MaskedTransformer, tokenizer: ConvVQTokenizer
+) -> None:
+    dimo, sharpen = DiMO(guidance=1.5), Sharpen(weight="auto")
+    module = _module(teacher, tokenizer, dimo, sharpen)
+    with torch.no_grad():
+        for parameter in dimo.auxiliary.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    one_hot = (1e4 * torch.eye(7)[torch.arange(16) % 7]).expand(BATCH, -1, -1).clone().requires_grad_()
+    state = _state(module, one_hot)
+    terms = weigh({"dimo": dimo(state), "sharpen": sharpen(state)}, {"dimo": dimo, "sharpen": sharpen}, one_hot)
+    assert float(terms["sharpen"].weight) == 0
+    assert terms["sharpen"].loss.isfinite()
+    nearly = _logits().detach().mul(1e-12).requires_grad_()  # uniform: the entropy's gradient all but vanishes
+    state = _state(module, nearly)
+    terms = weigh({"dimo": dimo(state), "sharpen": sharpen(state)}, {"dimo": dimo, "sharpen": sharpen}, nearly)
+    assert float(terms["sharpen"].weight) == 1000
+
+
+@pytest.mark.parametrize("head", ["pooled", "per_token", "spatial"])
+def test_verdicts_stay_float32_under_autocast(
+    teacher: MaskedTransformer, tokenizer: ConvVQTokenizer, head: str
+) -> None:
+    gan = GAN(head=head)  # type: ignore[arg-type]
+    _module(teacher, tokenizer, gan)
+    features = [torch.randn(BATCH, 16, 8) for _ in range(2)]
+    condition = torch.eye(4)[torch.arange(BATCH) % 3]
+    with torch.autocast("cpu", torch.bfloat16):
+        narrow = gan.heads(features, condition)
+    assert narrow.dtype == torch.float32
+    assert torch.equal(narrow, gan.heads(features, condition))
+
+
+def test_soft_and_hard_embeddings_agree_under_autocast(teacher: MaskedTransformer) -> None:
+    tokens = torch.arange(16).remainder(7).expand(2, -1)
+    with torch.autocast("cpu", torch.bfloat16):
+        soft = teacher.embed_soft(torch.nn.functional.one_hot(tokens, 7).float())
+        assert torch.equal(soft, teacher.embed(tokens))
+
+
+def test_the_masks_do_not_depend_on_the_relaxation(teacher: MaskedTransformer, tokenizer: ConvVQTokenizer) -> None:
+    seen = []
+    for kind in ("soft", "gumbel_st"):
+        gan = GAN(mask_ratio=(0.5, 0.5), relaxation=Relaxation(kind=kind))  # type: ignore[arg-type]
+        module = _module(teacher, tokenizer, gan)
+        logits = _logits()
+        (gradient,) = torch.autograd.grad(gan(_state(module, logits)).generator, logits)
+        seen.append(gradient.abs().sum(-1) > 0)
+    assert torch.equal(*seen)

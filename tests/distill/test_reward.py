@@ -27,7 +27,7 @@ from softgen.training import OptimizerConfig
 
 BATCH = 6
 LABELS = torch.arange(BATCH) % 3
-STREAM = derive_seed(0, "reward")
+STREAM = derive_seed(0, "reward_relaxation")
 
 
 class Pattern(RewardModel):
@@ -110,6 +110,7 @@ def _state(module: SoftDiMO, logits: Tensor, *, step: int = 0) -> DistillState:
         tokens=logits.argmin(-1).detach(),
         batch={"label": LABELS, "ordinal": list(range(BATCH))},
         step=step,
+        student_step=step,
         noise=lambda stream: SampleRandom(derive_seed(0, stream), range(BATCH), device=logits.device),
     )
 

@@ -84,3 +84,10 @@ def test_settings_are_checked(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=r"^model\.optimizer") as caught:
         OptimizerConfig(**settings).check(key="model.optimizer")
     assert str(caught.value) == f"model.optimizer.{message}"
+
+
+def test_a_held_group_starts_its_schedule_when_it_is_let_go() -> None:
+    config = OptimizerConfig(lr=1.0, warmup_steps=4, decay="cosine", final_factor=0.1)
+    held = lr_factor(config, total_steps=30, first_step=10)
+    free = lr_factor(config, total_steps=20)
+    assert [held(step) for step in range(10, 31)] == [free(step) for step in range(21)]

@@ -113,9 +113,9 @@ def test_bad_conditions_and_rewards(generator: OneStepGenerator, tokenizer: ToyT
         optimize(generator, tokenizer, _ink, torch.tensor([5]))
     with pytest.raises(ValueError, match="since this generator is class-conditional, got prompts"):
         optimize(generator, tokenizer, _ink, ["a cat"])
-    with pytest.raises(ValueError, match=r"reward: expected scores of shape \(12,\), got \(12, 3\)"):
+    with pytest.raises(ValueError, match=r"reward <lambda>: expected scores of shape \(12,\), got \(12, 3\)"):
         optimize(generator, tokenizer, lambda images, _: images.mean(dim=(2, 3)), LABELS)
-    with pytest.raises(ValueError, match="reward: expected finite scores"):
+    with pytest.raises(ValueError, match="reward <lambda>: expected finite scores"):
         optimize(generator, tokenizer, lambda images, _: _ink(images, _) / 0 - _ink(images, _) / 0, LABELS)
 
 
@@ -161,3 +161,20 @@ def test_memory_does_not_grow_with_the_steps(generator: OneStepGenerator, tokeni
     scores_a_step = 2 * len(LABELS) * 4
     assert max(held[-1] - held[3], 0) <= (len(held) - 4) * scores_a_step
     assert len(held) == 12
+
+
+def test_a_reward_without_a_gradient_is_named(generator: OneStepGenerator, tokenizer: ToyTokenizer) -> None:
+    def detached(images: Tensor, conditions: object) -> Tensor:
+        return images.detach().mean(dim=(1, 2, 3))
+
+    with pytest.raises(ValueError, match="reward detached: expected a gradient that reaches the pixels"):
+        optimize(generator, tokenizer, detached, LABELS, settings=TTEOSettings(steps=1, pull=1.0))
+
+
+def test_labels_may_be_integers_and_the_caller_may_have_switched_gradients_off(
+    generator: OneStepGenerator, tokenizer: ToyTokenizer
+) -> None:
+    with torch.no_grad():
+        listed = optimize(generator, tokenizer, _ink, LABELS.tolist(), settings=TTEOSettings(steps=2, lr=3.0))
+    given = optimize(generator, tokenizer, _ink, LABELS, settings=TTEOSettings(steps=2, lr=3.0))
+    assert torch.equal(listed.embeddings, given.embeddings)
