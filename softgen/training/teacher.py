@@ -9,15 +9,23 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from softgen.data.base import Batch, ImageDataModule
-from softgen.distributed import masked_mean
+from softgen.distributed import mean_over_ranks
 from softgen.loading import check_compatible, load_tokenizer
 from softgen.masking import MaskLaw, draw_mask_ratio, exact_mask, mask_counts
 from softgen.models.autoregressive import AutoregressiveTransformer
 from softgen.models.base import MaskedDiffusionModel
 from softgen.models.conditions import Condition
+from softgen.models.transformer import MaskedTransformer
 from softgen.pretrained import Pretrained
 from softgen.random import SampleRandom, derive_seed
-from softgen.relaxation import Distance, auto_two_tau_squared, neighbour_distribution, perplexity
+from softgen.relaxation import (
+    DENSE_LIMIT,
+    Distance,
+    auto_two_tau_squared,
+    neighbour_cross_entropy,
+    neighbour_distribution,
+    perplexity,
+)
 from softgen.sampling import AutoregressiveSampler, MaskGITSampler
 from softgen.tokenizers.base import ImageTokenizer
 from softgen.training.optimization import OptimizerConfig
@@ -90,6 +98,7 @@ class TeacherTraining(Stage):
         self.weighting = weighting
         self.mask_law = mask_law
         self.label_dropout = label_dropout if model.has_null_condition else 0.0
+        self._said_fused = False
         self.preview_steps = min(preview_steps, model.num_sites)
 
     @property
@@ -123,29 +132,60 @@ class TeacherTraining(Stage):
 
     def _loss(self, example: _Example, condition: Condition, noise: SampleRandom) -> Tensor:
         if isinstance(self.model, AutoregressiveTransformer):
-            return self._site_loss(self.model(example.tokens, condition), example).mean()
+            even = torch.full(example.tokens.shape, 1 / example.tokens.numel(), device=self.device)
+            return self._weighted_loss(example.tokens, condition, example, even)
         sites = self.model.num_sites
         counts = mask_counts(draw_mask_ratio(self.mask_law, noise.uniform()), sites)
         mask = exact_mask(counts, noise.uniform(sites))
-        logits = self.model(self.model.embed(example.tokens.masked_fill(mask, self.model.mask_id)), condition)
-        per_site = self._site_loss(logits, example)
         if self.weighting == "elbo":
-            ratio = counts / sites
-            return (per_site * mask / ratio.unsqueeze(-1)).mean()
-        return masked_mean(per_site, mask)
+            weights = mask * (sites / counts).unsqueeze(-1) / mask.numel()
+        else:
+            weights = mask / mean_over_ranks(mask.sum())
+        embeddings = self.model.embed(example.tokens.masked_fill(mask, self.model.mask_id))
+        return self._weighted_loss(embeddings, condition, example, weights)
 
-    def _site_loss(self, logits: Tensor, example: _Example) -> Tensor:
+    def _weighted_loss(self, inputs: Tensor, condition: Condition, example: _Example, weights: Tensor) -> Tensor:
+        """The sum over sites of weights (B, N) times the loss of the site."""
         if self.target != "snce":
-            return hard_cross_entropy(logits, example.tokens, label_smoothing=self.label_smoothing)
+            loss = hard_cross_entropy(
+                self.model(inputs, condition), example.tokens, label_smoothing=self.label_smoothing
+            )
+            return (loss * weights).sum()
         assert example.latents is not None
         assert isinstance(self.two_tau_squared, float)
-        return neighbour_cross_entropy_dense(
-            logits,
+        if self._fused(example.tokens):
+            assert isinstance(self.model, (MaskedTransformer, AutoregressiveTransformer))
+            return neighbour_cross_entropy(
+                self.model.hidden(inputs, condition).flatten(0, 1),
+                self.model.head.weight,
+                example.latents.flatten(0, 1),
+                self.tokenizer.codebook,
+                two_tau_squared=self.two_tau_squared,
+                distance=self.snce_distance,
+                bias=self.model.head.bias,
+                token_weights=weights.flatten(),
+                reduction="sum",
+                subtract_entropy=True,
+                impl="fused",
+            )
+        loss = neighbour_cross_entropy_dense(
+            self.model(inputs, condition),
             example.latents,
             self.tokenizer.codebook,
             two_tau_squared=self.two_tau_squared,
             distance=self.snce_distance,
         )
+        return (loss * weights).sum()
+
+    def _fused(self, tokens: Tensor) -> bool:
+        """Whether the (tokens x codes) matrix is too large to keep; said once."""
+        large = tokens.numel() * self.model.num_codes > DENSE_LIMIT
+        fused = large and isinstance(self.model, (MaskedTransformer, AutoregressiveTransformer))
+        if fused and not self._said_fused and self.trainer.is_global_zero:
+            size = f"{tokens.numel()} tokens x {self.model.num_codes} codes"
+            print(f"SNCE: {size}: the fused loss is used, which never stores that matrix", file=sys.stderr)
+        self._said_fused |= fused
+        return fused
 
     @torch.no_grad()
     def _tokenise(self, batch: Batch) -> _Example:

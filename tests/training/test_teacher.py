@@ -132,3 +132,31 @@ def test_elbo_weights_by_the_mask_ratio(tokenizer: ConvVQTokenizer) -> None:
         stage.model.head.weight.zero_()  # type: ignore[union-attr, operator]
         stage.model.head.bias.zero_()  # type: ignore[union-attr, operator]
     assert _loss(stage, _batch()) == pytest.approx(torch.tensor(12.0).log().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("weighting", ["uniform", "elbo"])
+@pytest.mark.parametrize("build", [_stage, _autoregressive])
+def test_the_fused_loss_is_the_dense_one_and_says_so_once(
+    tokenizer: ConvVQTokenizer,
+    build: Callable[..., TeacherTraining],
+    weighting: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    stage = build(tokenizer, target="snce", weighting=weighting)
+    torch.nn.init.normal_(stage.model.head.weight)  # type: ignore[union-attr, arg-type]
+    _trainer(1).fit(stage, datamodule=Digits(batch_size=8))
+    stage.report = lambda batch, losses, logs: losses["snce"]  # type: ignore[method-assign]
+    gradients, values = [], []
+    for limit in (10**9, 0):
+        monkeypatch.setattr("softgen.training.teacher.DENSE_LIMIT", limit)
+        stage.zero_grad()
+        loss = stage.training_step(_batch(8), 0)
+        loss.backward()
+        values.append(loss.item())
+        gradients.append([parameter.grad.clone() for parameter in stage.parameters() if parameter.grad is not None])
+    assert values[1] == pytest.approx(values[0], rel=1e-5)
+    for dense, fused in zip(*gradients, strict=True):
+        torch.testing.assert_close(fused, dense, rtol=1e-4, atol=1e-6)
+    stage.training_step(_batch(8), 0)
+    assert capsys.readouterr().err.count("the fused loss is used") == 1
