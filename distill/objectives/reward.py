@@ -28,15 +28,16 @@ class Reward(Objective):
     """L_reward = -mean over the batch of sum_i w_i R_i(decode(softmax(z) E_decoder), condition).
 
     Beside each reward, as `score_<name>`, it logs the signs of reward hacking: saturation and entropy of the colours,
-    and the mean distance between the samples' decoder embeddings (diversity).
+    and the mean distance between decoder embeddings of one class (diversity). Now and then it scores the decoding of
+    the sampled codes too, as `hard_score_<name>`: a gap to `score_<name>` means that the student climbs the softness.
 
     Args:
         rewards: What is climbed: reward models, or names that `python -m rewards list` shows, for those that need no
             arguments. They stay frozen.
         weights: w_i, one for each of `rewards`; by default 1 each.
         normalisation: By name, for the rewards whose scores enter the sum as (score - mean) / std.
-        held_out: Rewards that are logged as `held_out_<name>` and never climbed.
-        held_out_every: Steps between looks at them, at least 1.
+        held_out: Rewards that are logged as `held_out_<name>`, on the sampled codes, and never climbed.
+        held_out_every: Steps between looks at the sampled codes, at least 1.
         relaxation: How the student's logits become embeddings.
         micro_batch: Images decoded and scored at a time, which bounds the memory; 0 takes the whole batch.
         checkpoint_decoder: Recompute the decoder in the backward pass instead of keeping its activations.
@@ -125,7 +126,10 @@ class Reward(Objective):
         means = {name: torch.cat([part[name] for part in scores]) for name in self.rewards.names}
         value = -self.rewards.combine(means).mean()
         logs = {f"score_{name}": score.float().mean() for name, score in means.items()}
-        logs.update(self._watch(torch.cat(images), embeddings.detach(), conditions, state.step))
+        logs.update(self._watch(torch.cat(images), embeddings.detach(), conditions))
+        # Counted as Lightning counts the steps that it logs.
+        if (state.step + 1) % self.held_out_every == 0:
+            logs.update(self._look_at_samples(state, conditions))
         return ObjectiveLosses(generator=with_value_and_gradient(embeddings, torch.cat(gradients), value), logs=logs)
 
     def _probabilities(self, state: DistillState) -> Tensor:
@@ -148,20 +152,27 @@ class Reward(Objective):
         return tokenizer.decode_embeddings(embeddings)
 
     @torch.no_grad()
-    def _watch(self, images: Tensor, embeddings: Tensor, conditions: Tensor, step: int) -> dict[str, Tensor]:
-        logs = {
+    def _watch(self, images: Tensor, embeddings: Tensor, conditions: Tensor) -> dict[str, Tensor]:
+        return {
             "saturation": saturation(images),
             "colour_entropy": colour_entropy(images),
-            "diversity": diversity(embeddings),
+            "diversity": diversity(embeddings, conditions),
         }
-        # Counted as Lightning counts the steps that it logs.
-        if (step + 1) % self.held_out_every == 0:
-            size = self.micro_batch or len(images)
-            parts = list(zip(torch.split(images, size), torch.split(conditions, size), strict=True))
+
+    @torch.no_grad()
+    def _look_at_samples(self, state: DistillState, conditions: Tensor) -> dict[str, Tensor]:
+        """Every reward on the decoding of the sampled codes."""
+        assert state.tokenizer is not None
+        size = self.micro_batch or len(conditions)
+        parts: dict[str, list[Tensor]] = {}
+        for tokens, asked in zip(torch.split(state.tokens, size), torch.split(conditions, size), strict=True):
+            images = state.tokenizer.decode(tokens)
+            for name, scores in self.rewards.scores(images, asked).items():
+                parts.setdefault(f"hard_score_{name}", []).append(scores)
             for name, reward in self._frozen.items():
                 if name != "rewards":
-                    logs[name] = torch.cat([reward(part, asked) for part, asked in parts]).float().mean()
-        return logs
+                    parts.setdefault(name, []).append(reward(images, asked))
+        return {name: torch.cat(scores).float().mean() for name, scores in parts.items()}
 
 
 def _open(rewards: Sequence[RewardModel | str]) -> list[RewardModel]:

@@ -12,6 +12,7 @@ from softgen.metrics.accuracy import class_accuracy
 from softgen.metrics.classifier import SmallClassifier
 from softgen.metrics.features import extract_features
 from softgen.models.generator import OneStepGenerator
+from softgen.pretrained import fingerprint
 from softgen.training.stage import Stage
 
 
@@ -46,6 +47,7 @@ class AccuracyWatch(Callback):
         self.batch_size = batch_size
         self._judge: SmallClassifier | None = None
         self._before: float | None = None
+        self._measured_with: tuple[str, int] | None = None
 
     @property
     def watching(self) -> bool:
@@ -72,6 +74,14 @@ class AccuracyWatch(Callback):
             if expected != got:
                 raise ValueError(f"accuracy_watch.classifier: expected {name} {expected}, got {got}")
         self._judge.to(pl_module.device)
+        now = (fingerprint(self._judge), self.samples)
+        if self._before is not None and self._measured_with != now:
+            rank_zero_warn(
+                "accuracy_watch: the accuracy before training was measured with another classifier or number of "
+                "samples; this run measures it anew, where it resumes"
+            )
+            self._before = None
+        self._measured_with = now
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure before the first step; a resumed run knows what it was."""
@@ -120,9 +130,8 @@ class AccuracyWatch(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The accuracy before training, and what it was measured with."""
-        return {"before": self._before, "classifier": self.classifier, "samples": self.samples}
+        return {"before": self._before, "measured_with": self._measured_with}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what `state_dict` gave; what was measured otherwise is no baseline, and this run starts its own."""
-        if (state_dict["classifier"], state_dict["samples"]) == (self.classifier, self.samples):
-            self._before = state_dict["before"]
+        """Restore what `state_dict` gave."""
+        self._before, self._measured_with = state_dict["before"], state_dict["measured_with"]

@@ -40,16 +40,18 @@ def colour_entropy(images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def diversity(features: Tensor) -> Tensor:
-    """Mean Euclidean distance between the features of two different samples, scalar; 0 for a single sample.
+def diversity(features: Tensor, labels: Tensor | None = None) -> Tensor:
+    """Mean Euclidean distance between the features of two samples, scalar; 0 where there is no pair.
 
     Args:
         features: (B, ...), flattened to one vector a sample.
+        labels: Classes (B,): only pairs of one class count, so that one image a class shows; None counts all pairs.
     """
     rows = features.flatten(1)
     if not rows.is_floating_point() or rows.dtype.itemsize < 4:
         rows = rows.float()
-    count = len(rows)
-    if count < 2:
-        return rows.new_zeros(())
-    return torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist").sum() / (count * (count - 1))
+    pairs = ~torch.eye(len(rows), dtype=torch.bool, device=rows.device)
+    if labels is not None:
+        pairs &= labels.unsqueeze(0) == labels.unsqueeze(1)
+    distances = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist")
+    return (distances * pairs).sum() / pairs.sum().clamp(min=1)

@@ -245,15 +245,17 @@ def test_held_out_rewards_are_logged_now_and_then_and_never_climbed(
     logits = _logits(torch.float64)
     plain = _gradient(alone, _module(teacher, tokenizer, alone).double(), logits)
     module = _module(teacher, tokenizer, objective).double()
-    expected = watched(_images(tokenizer, logits), LABELS).mean().item()
+    sampled = tokenizer.decode(_state(module, logits).tokens)
+    expected, expected_hard = (judge(sampled, LABELS).mean().item() for judge in (watched, Pattern().double()))
     for step in range(6):
         result = objective(_state(module, logits, step=step))
         (got,) = torch.autograd.grad(result.generator, logits)
         torch.testing.assert_close(got, plain, rtol=1e-10, atol=1e-15)
         if step % 3 == 2:
             assert result.logs["held_out_other"].item() == pytest.approx(expected, rel=1e-6)
+            assert result.logs["hard_score_pattern"].item() == pytest.approx(expected_hard, rel=1e-6)
         else:
-            assert "held_out_other" not in result.logs
+            assert result.logs.keys().isdisjoint({"held_out_other", "hard_score_pattern"})
     assert "other" not in result.logs
 
 
@@ -267,7 +269,7 @@ def test_signs_of_hacking_are_logged_over_the_whole_batch(
     assert logs.keys() == {"score_pattern", "saturation", "colour_entropy", "diversity"}
     assert logs["saturation"].item() == pytest.approx(saturation(images).item(), rel=1e-5) != 0
     assert logs["colour_entropy"].item() == pytest.approx(colour_entropy(images).item(), rel=1e-5) != 0
-    assert logs["diversity"].item() == pytest.approx(diversity(embeddings).item(), rel=1e-5) != 0
+    assert logs["diversity"].item() == pytest.approx(diversity(embeddings, LABELS).item(), rel=1e-5) != 0
 
 
 def test_automatic_weight_holds_the_ratio_of_the_gradients(
@@ -347,7 +349,15 @@ def test_training_moves_the_student_and_no_frozen_model(tokenizer: ConvVQTokeniz
     trained = {name: value for name, value in module.student.named_parameters() if value.requires_grad}
     assert all(not torch.equal(value, start[name]) for name, value in trained.items())
     logged = {name.removeprefix("train/reward") for name in trainer.callback_metrics if "train/reward" in name}
-    extras = {"_score_judge", "_held_out_other", "_weight", "_saturation", "_colour_entropy", "_diversity"}
+    extras = {
+        "_score_judge",
+        "_hard_score_judge",
+        "_held_out_other",
+        "_weight",
+        "_saturation",
+        "_colour_entropy",
+        "_diversity",
+    }
     assert logged == {"", *extras}
     trainer.save_checkpoint(tmp_path / "run.ckpt")
     saved = torch.load(tmp_path / "run.ckpt", weights_only=True)

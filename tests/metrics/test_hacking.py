@@ -80,3 +80,14 @@ def test_diversity_of_copies_and_of_a_lone_sample_is_exactly_zero(dtype: torch.d
 def test_no_gradient_is_kept() -> None:
     images = torch.rand(2, 3, 4, 4, requires_grad=True)
     assert not any(sign(images).requires_grad for sign in (saturation, colour_entropy, diversity))
+
+
+def test_one_image_a_class_has_no_diversity_within_classes() -> None:
+    images = torch.randn(3, 5)
+    labels = torch.tensor([0, 1, 2, 0, 1, 2])
+    copies = images[labels]
+    assert diversity(copies, labels).item() == 0
+    assert diversity(copies).item() > 0
+    pairs = torch.tensor([[0.0, 0.0], [3.0, 4.0], [9.0, 9.0], [9.0, 10.0]])
+    assert diversity(pairs, torch.tensor([0, 0, 1, 1])).item() == 3
+    assert diversity(pairs, torch.arange(4)).item() == 0
