@@ -21,12 +21,12 @@ from typing import Any
 import torch
 import yaml
 from dimo import RESULTS, run_pipeline
-from soft_dimo_arms import DATA, EARLY, START, Arm, Setting, arms, config_of, gan, model_of
+from soft_dimo_arms import DATA, EARLY, START, Arm, Setting, arms, config_of, gan, open_student
 from soft_dimo_report import markdown, picture
 from soft_dimo_tteo import measure_tteo
 
 from rewards import ClassifierReward
-from softgen import load_generator, load_tokenizer
+from softgen import load_tokenizer
 from softgen.categorical import sample_categorical
 from softgen.classifier import classifier, named_data
 from softgen.cli import run_command
@@ -107,7 +107,8 @@ def benchmark(
     }
     write_json(RESULTS / "soft_dimo.json", content)
     (RESULTS / "soft_dimo.md").write_text(markdown(content))
-    picture(RESULTS / "soft_dimo.png", [model_of(settings[0], arm) for arm in chosen], seed=seeds[0])
+    tokenizer = load_tokenizer(settings[0].pipeline / "3_dimo" / "model")
+    picture(RESULTS / "soft_dimo.png", [open_student(settings[0], arm) for arm in chosen], tokenizer, seed=seeds[0])
     print((RESULTS / "soft_dimo.md").read_text())
 
 
@@ -138,10 +139,13 @@ def _run_arm(setting: Setting, arm: Arm) -> None:
     """Train and score an arm; a start is scored alone."""
     folder = setting.folder(arm.name)
     if (folder / "result.json").is_file():
+        kept = _result(setting, arm.name).get("settings", setting.figures)
+        if kept != setting.figures:
+            raise ValueError(f"out: expected runs of {setting.figures} in {folder}, got runs of {kept}")
         return
     torch.set_num_threads(1)
     seconds, logs = 0.0, {}
-    if arm not in (START, EARLY):
+    if arm.objectives:
         from softgen.fit import main as fit
 
         config = config_of(setting, arm)
@@ -149,8 +153,11 @@ def _run_arm(setting: Setting, arm: Arm) -> None:
         begin = time.perf_counter()
         fit([f"--config={folder / 'config.yaml'}"])
         seconds, logs = time.perf_counter() - begin, _logs(folder)
-    content = _score(setting, model_of(setting, arm))
-    write_json(folder / "result.json", {**content, "seconds": seconds, "logs": logs, "arm": asdict(arm)})
+    content = _score(setting, open_student(setting, arm))
+    write_json(
+        folder / "result.json",
+        {**content, "seconds": seconds, "logs": logs, "arm": asdict(arm), "settings": setting.figures},
+    )
 
 
 def _logs(folder: Path) -> dict[str, float]:
@@ -163,9 +170,9 @@ def _logs(folder: Path) -> dict[str, float]:
     return {name: statistics.mean(float(row[name]) for row in last if row[name]) for name in names}
 
 
-def _score(setting: Setting, folder: Path) -> dict[str, float | None]:
+def _score(setting: Setting, generator: OneStepGenerator) -> dict[str, float | None]:
     """Quality on n draws that are the same for every arm of the seed, and how sharp the student is."""
-    generator, tokenizer = load_generator(folder), load_tokenizer(setting.pipeline / "3_dimo" / "model")
+    tokenizer = load_tokenizer(setting.pipeline / "3_dimo" / "model")
     protocol = _protocol(setting.data_root, setting.pipeline / "extractor")
     labels = balanced_labels(setting.n, num_classes=10)
     made = generate(one_step_tokens(generator), tokenizer, labels, seed=setting.seed)
@@ -264,7 +271,7 @@ def _run_tteo(setting: Setting, arm: Arm, count: int) -> None:
         return
     torch.set_num_threads(1)
     content = measure_tteo(
-        load_generator(model_of(setting, arm)),
+        open_student(setting, arm),
         load_tokenizer(setting.pipeline / "3_dimo" / "model"),
         ClassifierReward(str(setting.judge)),
         SmallClassifier.load(setting.pipeline / "extractor"),

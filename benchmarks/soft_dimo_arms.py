@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 import yaml
 
+from softgen import load_generator
+from softgen.models.generator import OneStepGenerator
 from softgen.recipes import find_recipe
 
 DATA: Literal["fashion_mnist"] = "fashion_mnist"
@@ -18,9 +20,11 @@ class Arm:
 
     Attributes:
         name: In the table, and of its folder.
-        objectives: The terms: `dimo`, `gan`, `reward`, `sharpen` -> options that differ from the recipe's.
+        objectives: The terms: `dimo`, `gan`, `reward`, `sharpen` -> options that differ from the recipe's; with none
+            the checkpoint is scored as it is.
         cost: Steps in all, as a multiple of those of the other arms.
         sharpen: Divides the student's logits before the start.
+        rates: Multiplies the learning rates of student and auxiliary model.
         early: Whether it goes on from a student that Di[M]O has just begun, still blunt, instead of the finished one.
     """
 
@@ -28,6 +32,7 @@ class Arm:
     objectives: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     cost: float = 1.0
     sharpen: float = 1.0
+    rates: float = 1.0
     early: bool = False
 
     @property
@@ -75,6 +80,10 @@ def arms(*, equal_compute: float, steps: int) -> list[Arm]:
         Arm("gan_annealed", _relaxed(**annealed)),
         Arm("gan_mask_0_0.95", gan(mask_ratio=[0.0, 0.95])),
         Arm("gan_mask_0", gan(mask_ratio=[0.0, 0.0])),
+        Arm("sharpened_start", sharpen=0.4),
+        Arm("hot_control", {"dimo": {}}, rates=4),
+        Arm("hot_gan_soft", gan(), rates=4),
+        Arm("hot_gan_alone", {"gan": {"weight": 1.0}}, rates=4),
         EARLY,
         *(replace(arm, name=f"early_{arm.name}", early=True) for arm in central),
         Arm("gan_ratio_0.3", gan(weight_ratio=0.3)),
@@ -103,6 +112,16 @@ class Setting:
         return self.root / f"seed_{self.seed}"
 
     @property
+    def figures(self) -> dict[str, int]:
+        """What a result depends on, besides its arm and seed."""
+        return {
+            "steps": self.steps,
+            "critic_steps": self.critic_steps,
+            "early_steps": self.early_steps,
+            "n": self.n,
+        }
+
+    @property
     def tokens(self) -> Path:
         """The training images as tokens."""
         return self.pipeline / "tokens"
@@ -121,10 +140,13 @@ class Setting:
         return self.root / "soft_dimo" / f"seed_{self.seed}" / arm
 
 
-def model_of(setting: Setting, arm: Arm) -> Path:
-    """The folder of an arm's student."""
-    run = setting.checkpoint(early=arm.early) if arm in (START, EARLY) else setting.folder(arm.name)
-    return run / "model"
+def open_student(setting: Setting, arm: Arm) -> OneStepGenerator:
+    """An arm's student; that of an arm without terms is the checkpoint's, sharpened if the arm says so."""
+    if arm.objectives:
+        return load_generator(setting.folder(arm.name) / "model")
+    student = load_generator(setting.checkpoint(early=arm.early) / "model")
+    student.scale_logits(1 / arm.sharpen)
+    return student
 
 
 def config_of(setting: Setting, arm: Arm) -> dict[str, Any]:
@@ -137,6 +159,8 @@ def config_of(setting: Setting, arm: Arm) -> dict[str, Any]:
     checkpoint = setting.checkpoint(early=arm.early)
     config["model"]["init_args"]["student"] = str(checkpoint / "model")
     dimo["auxiliary"] = str(checkpoint / "auxiliary")
+    for optimizer in (config["model"]["init_args"]["optimizer"], dimo["auxiliary_optimizer"]):
+        optimizer["lr"] *= arm.rates
     judge = {"class_path": "rewards.ClassifierReward", "init_args": {"classifier": str(setting.judge)}}
     defaults: dict[str, tuple[str, dict[str, Any]]] = {
         "dimo": ("distill.DiMO", {**dimo, "critic_only_steps": setting.critic_steps}),

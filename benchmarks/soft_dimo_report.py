@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from softgen import load_generator, load_tokenizer
 from softgen.generation import balanced_labels, generate, one_step_tokens
 from softgen.images import save_grid
+from softgen.models.generator import OneStepGenerator
+from softgen.tokenizers.base import ImageTokenizer
 
 MEANING = {
     "start": "Di[M]O's student",
@@ -27,6 +28,10 @@ MEANING = {
     "gan_spatial": "GAN, heads that judge all tokens together",
     "gan_ratio_0.3": "GAN, its gradient held at 0.3 x Di[M]O's",
     "gan_per_token": "GAN, heads that judge each token",
+    "sharpened_start": "Di[M]O's student, its logits / 0.4: no training",
+    "hot_control": "Di[M]O alone, learning rates x 4",
+    "hot_gan_soft": "Di[M]O + GAN, learning rates x 4",
+    "hot_gan_alone": "GAN without Di[M]O, learning rates x 4",
     "sharpened_control": "logits / 0.4, then Di[M]O alone",
     "sharpened_gan_soft": "logits / 0.4, then Di[M]O + GAN",
     "reward": "Di[M]O + reward",
@@ -39,6 +44,7 @@ CLAIMS = (
     ("Di[M]O + GAN against equal compute", "gan_soft", "control_equal_compute", "at most", 0.95),
     ("Di[M]O + GAN against entropy alone", "gan_soft", "entropy_only", "at most", 0.95),
     ("GAN alone against Di[M]O + GAN", "gan_alone", "gan_soft", "at least", 1.5),
+    ("the same at 4 x the learning rates", "hot_gan_alone", "hot_gan_soft", "at least", 1.5),
     ("soft against Gumbel straight-through", "gan_soft", "gan_gumbel_st", "at most", 1.0),
     ("soft against straight-through", "gan_soft", "gan_st", "at most", 1.0),
     ("the paper's mask range against the recipe's", "gan_mask_0_0.95", "gan_soft", "at most", 1.0),
@@ -152,7 +158,7 @@ def _claims(arms: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
     if {"gan_soft", "control"} <= arms.keys():
         gain = _mean(arms["gan_soft"], "recall") - _mean(arms["control"], "recall")
         lines.append(f"| Di[M]O + GAN: recall above the control's | | **{gain:+.3f}** | above 0 | {_yes(gain > 0)} |")
-    trained = [name for name in arms if name != "start"]
+    trained = [name for name in arms if not name.endswith("start")]
     best = min((name for name in trained if name.startswith("gan_")), key=lambda name: _mean(arms[name], "fd"))
     before = _mean(arms["start"], "accuracy")
     fallen = [name for name in trained if _mean(arms[name], "accuracy") < before - 0.02]
@@ -205,15 +211,15 @@ def _mean(rows: Sequence[Mapping[str, Any]], key: str) -> float:
     return statistics.mean(row[key] for row in rows)
 
 
-def picture(path: Path, models: Sequence[Path], *, seed: int) -> None:
+def picture(path: Path, students: Sequence[OneStepGenerator], tokenizer: ImageTokenizer, *, seed: int) -> None:
     """Two rows of samples an arm, the same draws for each.
 
     Args:
         path: PNG.
-        models: The arms' students.
+        students: Of the arms.
+        tokenizer: Decodes them.
         seed: Of the draws.
     """
-    tokenizer = load_tokenizer(models[0])
     labels = balanced_labels(40, num_classes=10)
-    parts = [generate(one_step_tokens(load_generator(model)), tokenizer, labels, seed=seed).images for model in models]
+    parts = [generate(one_step_tokens(student), tokenizer, labels, seed=seed).images for student in students]
     save_grid(torch.cat(parts), path, columns=20)
