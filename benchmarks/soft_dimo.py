@@ -83,7 +83,7 @@ def benchmark(
         for future in [pool.submit(_train_early, setting) for setting in settings]:
             future.result()
         started = [pool.submit(_run_arm, setting, arm) for setting, arm in jobs]
-        optimised = [arm for arm in chosen if arm.name in ("start", "gan_soft")]
+        optimised = [START]
         started += [pool.submit(_run_tteo, setting, arm, tteo_n) for setting in settings for arm in optimised]
         try:
             for future in as_completed(started):

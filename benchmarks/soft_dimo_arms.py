@@ -66,11 +66,11 @@ def arms(*, equal_compute: float, steps: int) -> list[Arm]:
         Arm("control", {"dimo": {}}),
         Arm("gan_soft", gan()),
         Arm("entropy_only", {"dimo": {}, "sharpen": {}}),
-        Arm("gan_st", _relaxed(kind="st")),
     ]
     return [
         START,
         *central,
+        Arm("gan_st", _relaxed(kind="st")),
         Arm("control_equal_compute", {"dimo": {}}, cost=equal_compute),
         Arm("gan_gumbel_st", _relaxed(kind="gumbel_st")),
         Arm("gan_alone", {"gan": {"weight": 1.0}}),
