@@ -62,14 +62,17 @@ def tteo(
 def write_result(result: TTEOResult, folder: Path) -> None:
     """Write the result to a folder.
 
-    Files: images/*.png, before_after.png (start above, best below), curve.png, scores.json, and result.safetensors with
-    the `tokens` and the input `embeddings` of the best images, and the `start_tokens`.
+    Files: images/*.png, before_after.png (start above, best below), curve.png, scores.json, result.safetensors with the
+    `tokens` and the input `embeddings` of the best images and the `start_tokens`, and with `settings.keep_every`
+    trajectory.png, a row for each step that was kept.
     """
     for index, image in enumerate(result.images):
         save_image(image, folder / "images" / f"{index:05d}.png")
     shown = min(20, len(result.images))
     pairs = torch.cat([result.start_images[:shown], result.images[:shown]])
     save_grid(pairs, folder / "before_after.png", columns=shown)
+    if len(result.trajectory):
+        save_grid(result.trajectory[:, :shown].flatten(0, 1), folder / "trajectory.png", columns=shown)
     _write_curve(result, folder / "curve.png")
     kept = {"tokens": result.tokens, "embeddings": result.embeddings, "start_tokens": result.start_tokens}
     save_file({name: value.cpu().contiguous() for name, value in kept.items()}, folder / "result.safetensors")

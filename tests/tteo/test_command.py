@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from softgen.metrics import SmallClassifier
 from softgen.models import MaskedTransformer, OneStepGenerator
@@ -28,7 +29,13 @@ def test_writes_images_scores_and_pictures(
 ) -> None:
     student, net = folders
     words = [f"--generator={student}", "--label=[3,5]", "--reward=rewards.ClassifierReward", "--device=cpu"]
-    options = ["--settings.steps=4", "--settings.candidates=2", "--settings.lr=5", f"--out={tmp_path / 'out'}"]
+    options = [
+        "--settings.steps=4",
+        "--settings.candidates=2",
+        "--settings.keep_every=2",
+        "--settings.lr=5",
+        f"--out={tmp_path / 'out'}",
+    ]
     main([*words, f"--reward.classifier={net}", *options])
     scores = json.loads((tmp_path / "out/scores.json").read_text())
     assert len(scores["after"]) == 4
@@ -38,6 +45,13 @@ def test_writes_images_scores_and_pictures(
     assert len(list((tmp_path / "out/images").glob("*.png"))) == 4
     assert (tmp_path / "out/before_after.png").is_file()
     assert (tmp_path / "out/curve.png").is_file()
+    assert (tmp_path / "out/trajectory.png").is_file()
+    kept = load_file(tmp_path / "out/result.safetensors")
+    assert {name: value.shape for name, value in kept.items()} == {
+        "tokens": (4, 16),
+        "start_tokens": (4, 16),
+        "embeddings": (4, 16, 16),
+    }
     assert "mean score" in capsys.readouterr().out
 
 
@@ -46,9 +60,20 @@ def test_bad_input_is_one_line(folders: tuple[str, str], capsys: pytest.CaptureF
     words = [f"--generator={student}", "--reward=rewards.ClassifierReward", f"--reward.classifier={net}"]
     for extra, message in (
         ("--label=[11]", "reward classifier: expected labels in [0, 9], got 11"),
+        ("--label=11", "reward classifier: expected labels in [0, 9], got 11"),
         ("--label=[]", "conditions: expected at least one label or prompt, got none"),
     ):
         with pytest.raises(SystemExit) as stop:
             main([*words, extra, "--device=cpu"])
         assert stop.value.code == 2
         assert message in capsys.readouterr().err
+
+
+def test_an_unknown_reward_is_answered_by_the_known_ones(
+    folders: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([f"--generator={folders[0]}", "--label=3", "--reward=nonsense", "--device=cpu"])
+    assert stop.value.code == 2
+    message = "reward: expected one of classifier, clip, or the dotted path of a class, got 'nonsense'"
+    assert message in capsys.readouterr().err
