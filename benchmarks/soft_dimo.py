@@ -92,8 +92,10 @@ def benchmark(
             pool.shutdown(cancel_futures=True)
             raise
     names = [arm.name for arm in chosen]
+    words = f" --only '{json.dumps(only)}'" if only is not None else ""
+    command = f"python benchmarks/soft_dimo.py --data_root FOLDER --steps {steps} --critic_steps {critic_steps}{words}"
     content = {
-        "command": f"python benchmarks/soft_dimo.py --data_root FOLDER --steps {steps} --critic_steps {critic_steps}",
+        "command": command,
         "protocol": named_protocol(DATA, data_root=data_root, folder=str(settings[0].pipeline / "extractor")).name(n),
         "note": note,
         "seeds": seeds,

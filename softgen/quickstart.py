@@ -38,7 +38,7 @@ from softgen.tokenizers.base import ImageTokenizer
 PROGRAM = "softgen.quickstart"
 TEACHER_STEPS = (1, 4, 8, 16)
 _SHOWN = 60
-_TTEO = ["--settings.steps=10", "--settings.optimizer=adam", "--settings.lr=0.02", "--settings.batch_size=256"]
+_TTEO = ["--settings.steps=10", "--settings.lr=1.0", "--settings.batch_size=256"]
 
 
 def quickstart(
