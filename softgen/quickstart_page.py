@@ -182,7 +182,7 @@ def _stages(rows: Sequence[Row]) -> dict[str, _Stage]:
             "The same expected embedding goes through the tokenizer's decoder, and a reward model looks at the image. "
             "Here it is a classifier that asks for the class; any differentiable reward can take its place.",
             {"dimo_reward": "The student after the reward: still one pass."},
-            {"train/reward_score_classifier": "reward", "train/reward_diversity": "diversity"},
+            {"train/reward_score_classifier": "reward"},
         ),
         "6_tteo": _Stage(
             "6. TTEO",
