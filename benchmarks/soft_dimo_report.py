@@ -98,7 +98,7 @@ def markdown(content: Mapping[str, Any]) -> str:
         "",
         "![samples](soft_dimo.png)",
         "",
-        f"Two rows of 20 samples an arm, seed {seeds[0]}, the same draws: {', '.join(arms)}.",
+        f"A row of 20 samples an arm, seed {seeds[0]}, the same draws: {', '.join(arms)}.",
         "",
     ]
     return "\n".join(lines)
@@ -212,7 +212,7 @@ def _mean(rows: Sequence[Mapping[str, Any]], key: str) -> float:
 
 
 def picture(path: Path, students: Sequence[OneStepGenerator], tokenizer: ImageTokenizer, *, seed: int) -> None:
-    """Two rows of samples an arm, the same draws for each.
+    """A row of samples an arm, the same draws for each.
 
     Args:
         path: PNG.
@@ -220,6 +220,6 @@ def picture(path: Path, students: Sequence[OneStepGenerator], tokenizer: ImageTo
         tokenizer: Decodes them.
         seed: Of the draws.
     """
-    labels = balanced_labels(40, num_classes=10)
+    labels = balanced_labels(20, num_classes=10)
     parts = [generate(one_step_tokens(student), tokenizer, labels, seed=seed).images for student in students]
     save_grid(torch.cat(parts), path, columns=20)

@@ -27,7 +27,7 @@ class Relaxation:
         top_k: Codes that `soft_topk` keeps, at least 1.
     """
 
-    kind: Kind = "soft"
+    kind: str = "soft"
     temperature: float = 1.0
     final_temperature: float = 0.3
     anneal_steps: int = 1000
