@@ -9,9 +9,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from softgen.files import save_tensors
 from softgen.metrics.feature_metric import TwoSidedMetric, gathered
 from softgen.metrics.features import FeatureExtractor, check_samples
-from softgen.metrics.files import save_tensors
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,6 +9,7 @@ Shape legend: B batch, N sites, K codes, L vectors of width d.
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -23,6 +24,21 @@ class ModelOutput:
 
     logits: Tensor
     hidden: tuple[Tensor, ...]
+
+
+@runtime_checkable
+class LinearHead(Protocol):
+    """A model whose logits are `head(hidden(inputs, condition))`: losses over many codes then need no logits.
+
+    Attributes:
+        head: The output layer, d to K.
+    """
+
+    head: nn.Linear
+
+    def hidden(self, inputs: Tensor, condition: Condition) -> Tensor:
+        """What `head` turns into logits, (B, N, d); arguments as the model's `forward`."""
+        ...
 
 
 class ImageCodeModel(Pretrained, ABC):

@@ -16,6 +16,7 @@ from softgen.relaxation.neighbours import (
 )
 from softgen.relaxation.precision import full_precision, widen
 from softgen.relaxation.relaxed import Relaxation
+from softgen.relaxation.sparse_loss import linear_cross_entropy
 from softgen.relaxation.streaming import DENSE_LIMIT, Impl
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "full_precision",
     "gumbel_noise",
     "gumbel_softmax_st",
+    "linear_cross_entropy",
     "logsumexp_linear",
     "neighbour_cross_entropy",
     "neighbour_distribution",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from softgen.relaxation.expectation import expected_embedding, probabilities
-from softgen.relaxation.neighbour_scores import check_latents
+from softgen.relaxation.neighbours import check_latents
 from softgen.relaxation.precision import full_precision
 from softgen.relaxation.streaming import (
     Impl,

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from softgen.relaxation.codebook_attention import check_head, dense_logits
-from softgen.relaxation.neighbour_scores import NeighbourScores, check_neighbours
 from softgen.relaxation.neighbour_sum import neighbour_sum
-from softgen.relaxation.neighbours import Distance, neighbour_logits
+from softgen.relaxation.neighbours import Distance, NeighbourScores, check_neighbours, neighbour_logits
 from softgen.relaxation.precision import full_precision
 from softgen.relaxation.streaming import (
     Impl,
@@ -90,6 +89,9 @@ def neighbour_cross_entropy(
         raise ValueError(f"codebook: expected {weight.shape[0]} codes as weight, got {codebook.shape[0]}")
     if latents.shape[0] != hidden.shape[0]:
         raise ValueError(f"latents: expected {hidden.shape[0]} tokens as hidden, got {latents.shape[0]}")
+    kept = weighted_rows(token_weights, reduction)
+    if kept is not None:
+        hidden, latents, token_weights = select_rows(kept, hidden, latents, token_weights)
     factors = token_factors(token_weights, reduction, like=hidden, dtype=wide_dtype(hidden, weight, latents, codebook))
     needs = needs_of(**gradients_wanted(hidden=hidden, weight=weight, bias=bias))
     fused = use_fused(impl, tokens=hidden.shape[0], codes=weight.shape[0])
@@ -149,6 +151,23 @@ def check_reduction(reduction: str, token_weights: Tensor | None, *, tokens: int
         raise ValueError(f"reduction: expected one of {', '.join(get_args(Reduction))}, got {reduction!r}")
     if token_weights is not None and token_weights.shape != (tokens,):
         raise ValueError(f"token_weights: expected shape ({tokens},) as hidden, got {tuple(token_weights.shape)}")
+
+
+def weighted_rows(token_weights: Tensor | None, reduction: str) -> Tensor | None:
+    """Indices of the tokens whose weight is not 0, so that the others cost nothing, (n,).
+
+    None stands for all: for `none`, and where asking would stall the device, or is being compiled.
+    """
+    if token_weights is None or reduction == "none":
+        return None
+    if token_weights.device.type != "cpu" or torch.compiler.is_compiling():
+        return None
+    return token_weights.nonzero().squeeze(-1)
+
+
+def select_rows(rows: Tensor, *tensors: Tensor | None) -> list[Tensor]:
+    """The rows of each tensor."""
+    return [tensor[rows] for tensor in tensors if tensor is not None]
 
 
 def token_factors(token_weights: Tensor | None, reduction: str, *, like: Tensor, dtype: torch.dtype) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from softgen.relaxation.neighbour_scores import NeighbourScores
+from softgen.relaxation.neighbours import NeighbourScores
 from softgen.relaxation.precision import full_precision
 from softgen.relaxation.streaming import finite_bias, row_products, spans
 
@@ -62,17 +62,21 @@ class _NeighbourTarget:
 
 
 class _TableTarget:
-    def __init__(self, codes: Tensor, weights: Tensor) -> None:
-        self._codes, self._weights = codes, weights
+    def __init__(self, codes: Tensor, weights: Tensor, common: Tensor | None) -> None:
+        self._codes, self._weights, self._common = codes, weights, common
 
     def dot(self, rows: slice, scores: Tensor) -> tuple[Tensor, Tensor]:
         self._rows = rows
         q = self._weights[rows]
         dot = row_products(q, scores.gather(1, self._codes[rows]))
+        if self._common is not None:
+            dot += (scores @ self._common).unsqueeze(-1)
         return dot, torch.special.entr(q).sum(dim=-1, keepdim=True)
 
     def subtract(self, tile: Tensor, factor: Tensor) -> None:
         tile.scatter_add_(1, self._codes[self._rows], -factor * self._weights[self._rows])
+        if self._common is not None:
+            tile.addcmul_(factor, self._common, value=-1)
 
 
 class WeightedSum(NamedTuple):
@@ -204,11 +208,15 @@ def table_sum(
     code_block: int | None,
     codes: Tensor,
     weights: Tensor,
+    common: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """A `WeightedSum` towards q given as codes (N, k) int64 and weights (N, k)."""
+    """A `WeightedSum` towards q given as codes (N, k) int64 and weights (N, k), and a part (K,) common to all tokens.
+
+    The entropy is that of the weights.
+    """
     rows = token_block or _choose_token_block(hidden, weight)
     with full_precision(hidden):
-        target = _TableTarget(codes, weights)
+        target = _TableTarget(codes, weights, common)
         return _accumulate(
             hidden,
             weight,

@@ -14,15 +14,14 @@ from typing import get_args
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from softgen.relaxation.codebook_attention import check_head, logsumexp_linear
-from softgen.relaxation.neighbour_loss import Reduction, check_reduction, combine, gradients_wanted, token_factors
-from softgen.relaxation.neighbour_scores import NeighbourScores, check_neighbours
-from softgen.relaxation.neighbour_sum import table_sum
-from softgen.relaxation.neighbours import Distance
+from softgen.files import save_tensors
+from softgen.relaxation.codebook_attention import check_head
+from softgen.relaxation.neighbour_loss import Reduction
+from softgen.relaxation.neighbours import Distance, NeighbourScores, check_neighbours
 from softgen.relaxation.precision import full_precision, widen
-from softgen.relaxation.streaming import DENSE_LIMIT, Impl, check_blocks, needs_of, score_tile, use_fused, wide_dtype
+from softgen.relaxation.sparse_loss import check_tokens, sparse_cross_entropy
+from softgen.relaxation.streaming import DENSE_LIMIT, Impl, check_blocks, score_tile, wide_dtype
 
 _WANTED_MASS = 0.99
 
@@ -143,29 +142,26 @@ class NeighbourTable:
             ValueError: If shapes disagree, or a choice is unknown.
         """
         check_head(hidden, weight, bias)
-        check_reduction(reduction, token_weights, tokens=hidden.shape[0])
-        check_blocks(token_block, code_block)
+        check_tokens(tokens, hidden)
         if weight.shape[0] != self.codes.shape[0]:
             raise ValueError(f"weight: expected {self.codes.shape[0]} codes as the table, got {weight.shape[0]}")
-        if tokens.shape != hidden.shape[:1]:
-            raise ValueError(f"tokens: expected shape ({hidden.shape[0]},) as hidden, got {tuple(tokens.shape)}")
-        factors = token_factors(token_weights, reduction, like=hidden, dtype=wide_dtype(hidden, weight))
-        codes, q = self._targets(tokens, bias, factors.dtype)
-        needs = needs_of(**gradients_wanted(hidden=hidden, weight=weight, bias=bias))
-        fused = use_fused(impl, tokens=hidden.shape[0], codes=weight.shape[0])
-        summed = fused and reduction != "none" and needs != ""
-        blocks = (token_block, code_block)
-        if summed:
-            loss, entropy, *_ = table_sum(hidden, weight, bias, factors, needs, *blocks, codes, q)
-        else:
-            normaliser = logsumexp_linear(
-                hidden, weight, bias=bias, impl=impl, token_block=token_block, code_block=code_block
-            )
-            loss = normaliser - _mean_score(hidden, weight, bias, codes, q)
-            entropy = torch.special.entr(q).sum(dim=-1)
-        loss = loss - entropy.detach() if subtract_entropy else loss
-        total: Tensor = loss if summed else combine(loss, factors, reduction)
-        return total
+        return sparse_cross_entropy(
+            hidden,
+            weight,
+            *self._targets(tokens, bias, wide_dtype(hidden, weight)),
+            bias=bias,
+            token_weights=token_weights,
+            reduction=reduction,
+            subtract_entropy=subtract_entropy,
+            impl=impl,
+            token_block=token_block,
+            code_block=code_block,
+        )
+
+    def entropy(self, tokens: Tensor) -> Tensor:
+        """Entropy of q(v_r) over the codes kept, in nats, for tokens r of any shape; the same shape, float32."""
+        entropy: Tensor = torch.special.entr(self.weights).sum(dim=-1)
+        return entropy[tokens]
 
     def _targets(self, tokens: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Codes (N, k) int64 and their weights (N, k), without the codes that the bias forbids."""
@@ -198,8 +194,6 @@ class NeighbourTable:
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file, by renaming a finished one."""
-        from softgen.metrics.files import save_tensors  # not at import: metrics stand above relaxation
-
         tensors = {"codes": self.codes, "weights": self.weights, "kept_mass": self.kept_mass}
         tensors["two_tau_squared"] = torch.tensor(self.two_tau_squared, dtype=torch.float64)
         tensors["distance"] = _to_bytes(self.distance)
@@ -252,17 +246,6 @@ class NeighbourTable:
                 f"(least {least:.3f}), under {_WANTED_MASS}: more neighbours, or a smaller two_tau_squared, keep more",
                 stacklevel=3,
             )
-
-
-def _mean_score(hidden: Tensor, weight: Tensor, bias: Tensor | None, codes: Tensor, q: Tensor) -> Tensor:
-    """sum_j q_ij (h_i.w_j + b_j) over the codes (N, k) of each token, (N,)."""
-    with full_precision(hidden):
-        row = F.embedding_bag(codes, weight.to(q.dtype), per_sample_weights=q, mode="sum")
-        score = (hidden.to(q.dtype) * row).sum(dim=-1)
-    if bias is None:
-        return score
-    # A forbidden code has no weight, and its -inf must not meet that 0.
-    return score + (q * bias.to(q.dtype)[codes].masked_fill(q == 0, 0)).sum(dim=-1)
 
 
 def codebook_hash(codebook: Tensor) -> str:

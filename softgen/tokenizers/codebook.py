@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from softgen.distributed import broadcast_from_rank_zero, sum_over_ranks
-from softgen.relaxation import full_precision
+from softgen.relaxation import full_precision, perplexity
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,6 @@ class EMACodebook(nn.Module):
         share = counts / counts.sum()
         return CodebookUsage(
             used=(counts > 0).sum() / num_codes,
-            perplexity=torch.special.entr(share).sum().exp(),
+            perplexity=perplexity(share),
             revived=dead.sum(),
         )

@@ -13,34 +13,26 @@ from softgen.distributed import mean_over_ranks
 from softgen.loading import check_compatible, load_tokenizer
 from softgen.masking import MaskLaw, draw_mask_ratio, exact_mask, mask_counts
 from softgen.models.autoregressive import AutoregressiveTransformer
-from softgen.models.base import MaskedDiffusionModel
+from softgen.models.base import LinearHead, MaskedDiffusionModel
 from softgen.models.conditions import Condition
-from softgen.models.transformer import MaskedTransformer
 from softgen.pretrained import Pretrained
 from softgen.random import SampleRandom, derive_seed
-from softgen.relaxation import (
-    DENSE_LIMIT,
-    Distance,
-    auto_two_tau_squared,
-    neighbour_cross_entropy,
-    neighbour_distribution,
-    perplexity,
-)
+from softgen.relaxation import DENSE_LIMIT, Distance, Impl, NeighbourTable, auto_two_tau_squared, neighbour_entropy
 from softgen.sampling import AutoregressiveSampler, MaskGITSampler
 from softgen.tokenizers.base import ImageTokenizer
 from softgen.training.optimization import OptimizerConfig
 from softgen.training.stage import Stage, check_images, check_num_classes
-from softgen.training.targets import Target, check_target, hard_cross_entropy, neighbour_cross_entropy_dense
+from softgen.training.targets import CodeTarget, HardTarget, NeighbourTarget, TableTarget, Target, check_target
 
 _TAU_IMAGES, _TAU_LATENTS = 256, 4096  # that the automatic 2 tau^2 is measured on
 
 
 @dataclass(frozen=True)
 class _Example:
-    """A tokenised batch: codes (B, N), and latents (B, N, D) where the target needs them."""
+    """A tokenised batch: codes (B, N), and what to train towards."""
 
     tokens: Tensor
-    latents: Tensor | None
+    target: CodeTarget
 
 
 class TeacherTraining(Stage):
@@ -54,8 +46,11 @@ class TeacherTraining(Stage):
         target: `hard` codes, `label_smoothing`, or `snce`: the neighbours of the latent (arXiv SNCE, eq. 8).
         label_smoothing: For that target, in [0, 1].
         two_tau_squared: 2 tau^2 of SNCE's neighbour distribution, above 0; `auto` takes 3.5 times the median squared
-            distance of training latents to their codes.
+            distance of training latents to their codes (of codes to the nearest other one, where only codes are
+            stored).
         snce_distance: Distance of the neighbour distribution; by default the tokenizer's.
+        neighbour_table: File of a `softgen.relaxation.NeighbourTable`, or the table itself: SNCE then takes z = v_r and
+            the table's q, 2 tau^2 and distance, at the cost of hard targets.
         weighting: `uniform` over masked sites, or `elbo`: 1/t (SNCE, eq. 15).
         mask_law: Of the mask ratio t.
         label_dropout: Share of samples trained without condition, for guidance; in [0, 1].
@@ -73,6 +68,7 @@ class TeacherTraining(Stage):
         label_smoothing: float = 0.1,
         two_tau_squared: float | Literal["auto"] = "auto",
         snce_distance: Distance | None = None,
+        neighbour_table: str | NeighbourTable | None = None,
         weighting: Literal["uniform", "elbo"] = "uniform",
         mask_law: MaskLaw = "arccos",
         label_dropout: float = 0.1,
@@ -95,6 +91,7 @@ class TeacherTraining(Stage):
         self.label_smoothing = label_smoothing if target == "label_smoothing" else 0.0
         self.two_tau_squared = two_tau_squared
         self.snce_distance: Distance = snce_distance or opened.distance
+        self.neighbour_table = self._open_table(neighbour_table)
         self.weighting = weighting
         self.mask_law = mask_law
         self.label_dropout = label_dropout if model.has_null_condition else 0.0
@@ -146,55 +143,35 @@ class TeacherTraining(Stage):
 
     def _weighted_loss(self, inputs: Tensor, condition: Condition, example: _Example, weights: Tensor) -> Tensor:
         """The sum over sites of weights (B, N) times the loss of the site."""
-        if self.target != "snce":
-            loss = hard_cross_entropy(
-                self.model(inputs, condition), example.tokens, label_smoothing=self.label_smoothing
-            )
-            return (loss * weights).sum()
-        assert example.latents is not None
-        assert isinstance(self.two_tau_squared, float)
-        if self._fused(example.tokens):
-            assert isinstance(self.model, (MaskedTransformer, AutoregressiveTransformer))
-            return neighbour_cross_entropy(
-                self.model.hidden(inputs, condition).flatten(0, 1),
-                self.model.head.weight,
-                example.latents.flatten(0, 1),
-                self.tokenizer.codebook,
-                two_tau_squared=self.two_tau_squared,
-                distance=self.snce_distance,
-                bias=self.model.head.bias,
-                token_weights=weights.flatten(),
-                reduction="sum",
-                subtract_entropy=True,
-                impl="fused",
-            )
-        loss = neighbour_cross_entropy_dense(
-            self.model(inputs, condition),
-            example.latents,
-            self.tokenizer.codebook,
-            two_tau_squared=self.two_tau_squared,
-            distance=self.snce_distance,
-        )
-        return (loss * weights).sum()
+        if not isinstance(self.model, LinearHead):
+            return example.target.loss(self.model(inputs, condition).flatten(0, 1), weights.flatten())
+        hidden = self.model.hidden(inputs, condition).flatten(0, 1)
+        impl: Impl = "fused" if self._fused(example.tokens) else "dense"
+        return example.target.linear_loss(hidden, self.model.head, weights.flatten(), impl=impl)
 
     def _fused(self, tokens: Tensor) -> bool:
         """Whether the (tokens x codes) matrix is too large to keep; said once."""
-        large = tokens.numel() * self.model.num_codes > DENSE_LIMIT
-        fused = large and isinstance(self.model, (MaskedTransformer, AutoregressiveTransformer))
+        fused = tokens.numel() * self.model.num_codes > DENSE_LIMIT
         if fused and not self._said_fused and self.trainer.is_global_zero:
             size = f"{tokens.numel()} tokens x {self.model.num_codes} codes"
-            print(f"SNCE: {size}: the fused loss is used, which never stores that matrix", file=sys.stderr)
+            print(f"{self.target}: {size}: the fused loss is used, which never stores that matrix", file=sys.stderr)
         self._said_fused |= fused
         return fused
 
     @torch.no_grad()
     def _tokenise(self, batch: Batch) -> _Example:
-        if "token" in batch:
-            # Only codes are stored: z = v_r.
-            tokens = batch["token"]
-            return _Example(tokens, self.tokenizer.codebook[tokens] if self.target == "snce" else None)
-        latents = self.tokenizer.latents(batch["image"])
-        return _Example(self.tokenizer.quantize(latents), latents if self.target == "snce" else None)
+        latents = None if "token" in batch else self.tokenizer.latents(batch["image"])
+        tokens = batch["token"] if latents is None else self.tokenizer.quantize(latents)
+        if self.target != "snce":
+            return _Example(tokens, HardTarget(tokens.flatten(), self.label_smoothing))
+        if self.neighbour_table is not None:
+            return _Example(tokens, TableTarget(tokens.flatten(), self.neighbour_table))
+        assert isinstance(self.two_tau_squared, float)
+        # Where only codes are stored, z = v_r.
+        flat = self.tokenizer.codebook[tokens.flatten()] if latents is None else latents.flatten(0, 1)
+        return _Example(
+            tokens, NeighbourTarget(flat, self.tokenizer.codebook, self.two_tau_squared, self.snce_distance)
+        )
 
     def _condition(self, batch: Batch) -> Condition:
         return self.condition_of(batch, self.model)
@@ -203,22 +180,10 @@ class TeacherTraining(Stage):
         """Settle 2 tau^2 on the first latents where it is `auto`, and report the perplexity of q."""
         if self.target != "snce":
             return
-        if getattr(self.trainer, "datamodule", None) is None:
-            raise ValueError("data: expected a data module, which 2 tau^2 is measured on, got bare loaders")
-        source = self.trainer.datamodule.train_source()  # type: ignore[attr-defined]
-        # The same images and sites on every process, and whatever the order of the data.
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, "two_tau_squared"))
-        images = torch.randperm(len(source), generator=generator)[:_TAU_IMAGES].tolist()
-        batch = {name: value.to(self.device) for name, value in source.fetch(images).items()}
-        latents = self._tokenise(batch).latents
-        assert latents is not None
-        flat, codebook = latents.flatten(0, 1), self.tokenizer.codebook
-        flat = flat[torch.randperm(len(flat), generator=generator)[:_TAU_LATENTS].to(flat.device)]
-        if self.two_tau_squared == "auto":
-            self.two_tau_squared = auto_two_tau_squared(flat, codebook, distance=self.snce_distance)
-        spread = perplexity(
-            neighbour_distribution(flat, codebook, two_tau_squared=self.two_tau_squared, distance=self.snce_distance)
-        )
+        if self.neighbour_table is not None:
+            self.neighbour_table = self.neighbour_table.to(self.device)
+        entropy = self._settle_tau()
+        spread = entropy.exp()
         mean, median = spread.mean().item(), spread.median().item()
         if self.trainer.is_global_zero:
             tau = f"2 tau^2 = {self.two_tau_squared:.4g}"
@@ -227,6 +192,49 @@ class TeacherTraining(Stage):
             rank_zero_warn(
                 f"SNCE: the neighbour distribution is extreme (mean perplexity {mean:.1f}); see two_tau_squared"
             )
+
+    @torch.no_grad()
+    def _settle_tau(self) -> Tensor:
+        """Measure 2 tau^2 on training data where it is `auto`; the entropies of q there, (n,)."""
+        if getattr(self.trainer, "datamodule", None) is None:
+            raise ValueError("data: expected a data module, which 2 tau^2 is measured on, got bare loaders")
+        source = self.trainer.datamodule.train_source()  # type: ignore[attr-defined]
+        # The same images and sites on every process, and whatever the order of the data.
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, "two_tau_squared"))
+        images = torch.randperm(len(source), generator=generator)[:_TAU_IMAGES].tolist()
+        batch = {name: value.to(self.device) for name, value in source.fetch(images).items()}
+        codebook, stored = self.tokenizer.codebook, batch.get("token")
+        sites = len(images) * self.tokenizer.num_sites
+        chosen = torch.randperm(sites, generator=generator)[:_TAU_LATENTS].to(self.device)
+        if stored is None:
+            latents = self.tokenizer.latents(batch["image"])
+            own, z = None, latents.flatten(0, 1)[chosen]
+        else:
+            own = stored.flatten()[chosen]
+            z = codebook[own]
+        if self.neighbour_table is not None:
+            return self.neighbour_table.entropy(self.tokenizer.quantize(z.unsqueeze(0)) if own is None else own)
+        if self.two_tau_squared == "auto":
+            self.two_tau_squared = auto_two_tau_squared(z, codebook, distance=self.snce_distance, own_codes=own)
+        return neighbour_entropy(z, codebook, two_tau_squared=self.two_tau_squared, distance=self.snce_distance)
+
+    def _open_table(self, table: str | NeighbourTable | None) -> NeighbourTable | None:
+        """Load and check the neighbour table, whose 2 tau^2 and distance then hold."""
+        if table is None:
+            return None
+        key = "model.neighbour_table"
+        if self.target != "snce":
+            raise ValueError(f"{key}: expected target snce with it, got {self.target}")
+        codebook = self.tokenizer.codebook
+        opened = NeighbourTable.load(table, codebook=codebook, key=key) if isinstance(table, str) else table
+        opened.check(codebook, key=key)
+        if self.two_tau_squared not in ("auto", opened.two_tau_squared):
+            raise ValueError(
+                f"model.two_tau_squared: expected auto, or {opened.two_tau_squared:.4g} as the neighbour table, got "
+                f"{self.two_tau_squared}"
+            )
+        self.two_tau_squared, self.snce_distance = opened.two_tau_squared, opened.distance
+        return opened
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Held-out loss under the same noise every time."""

@@ -12,6 +12,7 @@ from softgen.data.token_cache import TokenCache
 from softgen.distributed import sum_over_ranks
 from softgen.pretrained import Pretrained
 from softgen.random import SampleRandom
+from softgen.relaxation import perplexity
 from softgen.tokenizers.conv_vq import ConvVQTokenizer
 from softgen.training.optimization import OptimizerConfig
 from softgen.training.stage import Stage, check_image_size
@@ -143,7 +144,7 @@ class TokenizerTraining(Stage):
         counts = sum_over_ranks(self._val_counts)
         share = counts / counts.sum().clamp(min=1)
         self.log("val/codebook_used", (counts > 0).float().mean())
-        self.log("val/perplexity", torch.special.entr(share).sum().exp())
+        self.log("val/perplexity", perplexity(share))
 
     @torch.no_grad()
     def preview(self, batch: Batch) -> Tensor:

@@ -103,6 +103,28 @@ def test_the_distance_is_checked() -> None:
 
 
 def test_the_dimensions_are_checked() -> None:
-    message = r"^latents: expected a last dimension of 2 as the codebook, got 3$"
+    message = r"^latents: expected shape \(N, 2\) as codebook, got \(1, 3\)$"
     with pytest.raises(ValueError, match=message):
         neighbour_logits(torch.zeros(1, 3), torch.zeros(3, 2), two_tau_squared=1.0)
+
+
+def test_latents_that_are_not_finite_are_refused() -> None:
+    z = torch.tensor([[0.0, math.nan]])
+    with pytest.raises(ValueError, match=r"^latents: expected finite values, got NaN or infinity$"):
+        neighbour_logits(z, torch.zeros(3, 2), two_tau_squared=1.0)
+
+
+def test_auto_from_codes_alone_looks_at_the_other_codes() -> None:
+    codebook = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 3.0], [9.0, 9.0]])
+    tokens = torch.tensor([0, 1, 2, 2, 2])
+    got = auto_two_tau_squared(codebook[tokens], codebook, factor=2.0, own_codes=tokens)
+    assert got == pytest.approx(2 * 9.0)  # of 1, 1, 9, 9, 9
+    similar = auto_two_tau_squared(codebook[tokens], codebook, distance="dot", factor=2.0, own_codes=tokens)
+    # The other codes' products with (0, 3) are 0, 0, 27.
+    assert similar == pytest.approx(2 * (27 - 9))
+
+
+def test_auto_of_many_codes_goes_block_by_block() -> None:
+    z, codebook = torch.randn(50, 3), torch.randn(200_000, 3)
+    nearest = torch.cdist(z.double(), codebook.double()).square().amin(-1)
+    assert auto_two_tau_squared(z, codebook, factor=1.0) == pytest.approx(nearest.sort().values[24].item(), rel=1e-2)

@@ -11,6 +11,7 @@ from torch import Tensor
 from softgen.data import Digits, TokenCache, write_token_cache
 from softgen.data.base import Batch
 from softgen.models import AutoregressiveTransformer, MaskedTransformer
+from softgen.relaxation import NeighbourTable
 from softgen.tokenizers import ConvVQTokenizer
 from softgen.training import OptimizerConfig, TeacherTraining
 
@@ -134,19 +135,21 @@ def test_elbo_weights_by_the_mask_ratio(tokenizer: ConvVQTokenizer) -> None:
     assert _loss(stage, _batch()) == pytest.approx(torch.tensor(12.0).log().item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("target", ["hard", "label_smoothing", "snce"])
 @pytest.mark.parametrize("weighting", ["uniform", "elbo"])
 @pytest.mark.parametrize("build", [_stage, _autoregressive])
 def test_the_fused_loss_is_the_dense_one_and_says_so_once(
     tokenizer: ConvVQTokenizer,
     build: Callable[..., TeacherTraining],
     weighting: str,
+    target: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    stage = build(tokenizer, target="snce", weighting=weighting)
+    stage = build(tokenizer, target=target, weighting=weighting)
     torch.nn.init.normal_(stage.model.head.weight)  # type: ignore[union-attr, arg-type]
     _trainer(1).fit(stage, datamodule=Digits(batch_size=8))
-    stage.report = lambda batch, losses, logs: losses["snce"]  # type: ignore[method-assign]
+    stage.report = lambda batch, losses, logs: losses[target]  # type: ignore[method-assign]
     gradients, values = [], []
     for limit in (10**9, 0):
         monkeypatch.setattr("softgen.training.teacher.DENSE_LIMIT", limit)
@@ -160,3 +163,44 @@ def test_the_fused_loss_is_the_dense_one_and_says_so_once(
         torch.testing.assert_close(fused, dense, rtol=1e-4, atol=1e-6)
     stage.training_step(_batch(8), 0)
     assert capsys.readouterr().err.count("the fused loss is used") == 1
+
+
+def test_a_neighbour_table_serves_stored_tokens(tokenizer: ConvVQTokenizer, tmp_path: Path) -> None:
+    NeighbourTable.build(tokenizer.codebook, two_tau_squared=0.3, neighbours=12).save(tmp_path / "table.safetensors")
+    stage = _stage(tokenizer, target="snce", neighbour_table=str(tmp_path / "table.safetensors"), label_dropout=0.0)
+    assert stage.two_tau_squared == pytest.approx(0.3)
+    batch = _batch()
+    stored = {"ordinal": batch["ordinal"], "token": tokenizer.encode(batch["image"]), "label": batch["label"]}
+    exact = _stage(tokenizer, target="snce", two_tau_squared=0.3, label_dropout=0.0)
+    exact.model.load_state_dict(stage.model.state_dict())
+    # Of images it takes the codes too.
+    assert _loss(stage, batch) == pytest.approx(_loss(stage, stored), rel=1e-6)
+    assert _loss(stage, stored) == pytest.approx(_loss(exact, stored), rel=1e-5)
+    write_token_cache(tmp_path / "tokens", tokenizer, Digits(), progress=False)
+    del stage.report  # type: ignore[attr-defined]
+    _trainer(2).fit(stage, datamodule=TokenCache(str(tmp_path / "tokens"), batch_size=32))
+
+
+def test_a_neighbour_table_is_checked(tokenizer: ConvVQTokenizer) -> None:
+    table = NeighbourTable.build(tokenizer.codebook, two_tau_squared=0.3, neighbours=12)
+    with pytest.raises(ValueError, match=r"^model.neighbour_table: expected target snce with it, got hard$"):
+        _stage(tokenizer, neighbour_table=table)
+    with pytest.raises(
+        ValueError, match=r"^model.two_tau_squared: expected auto, or 0.3 as the neighbour table, got 1"
+    ):
+        _stage(tokenizer, target="snce", two_tau_squared=1.0, neighbour_table=table)
+    other = ConvVQTokenizer(image_size=8, num_codes=12, code_dim=4, channels=[8, 8])
+    with pytest.raises(ValueError, match=r"^model.neighbour_table: expected a table of the codebook"):
+        _stage(other, target="snce", neighbour_table=table)
+
+
+def test_auto_two_tau_squared_from_stored_tokens(
+    tokenizer: ConvVQTokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_token_cache(tmp_path / "tokens", tokenizer, Digits(), progress=False)
+    stage = _stage(tokenizer, target="snce")
+    _trainer(1).fit(stage, datamodule=TokenCache(str(tmp_path / "tokens"), batch_size=32))
+    between = torch.cdist(tokenizer.codebook, tokenizer.codebook).square().fill_diagonal_(torch.inf).amin(-1)
+    assert isinstance(stage.two_tau_squared, float)
+    assert 3.5 * between.min().item() <= stage.two_tau_squared <= 3.5 * between.max().item() + 1e-6
+    assert "perplexity of q: median" in capsys.readouterr().err
