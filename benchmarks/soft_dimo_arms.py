@@ -67,13 +67,16 @@ def arms(*, equal_compute: float, steps: int) -> list[Arm]:
         Arm("gan_soft", gan()),
         Arm("entropy_only", {"dimo": {}, "sharpen": {}}),
     ]
+    others = [
+        Arm("control_equal_compute", {"dimo": {}}, cost=equal_compute),
+        Arm("gan_st", _relaxed(kind="st")),
+        Arm("gan_alone", {"gan": {"weight": 1.0}}),
+    ]
     return [
         START,
         *central,
-        Arm("gan_st", _relaxed(kind="st")),
-        Arm("control_equal_compute", {"dimo": {}}, cost=equal_compute),
+        *others,
         Arm("gan_gumbel_st", _relaxed(kind="gumbel_st")),
-        Arm("gan_alone", {"gan": {"weight": 1.0}}),
         Arm("reward", {"dimo": {}, "reward": {}}),
         Arm("reward_alone", {"reward": {"weight": 1.0}}),
         Arm("gan_soft_topk", _relaxed(kind="soft_topk", top_k=8)),
@@ -85,7 +88,7 @@ def arms(*, equal_compute: float, steps: int) -> list[Arm]:
         Arm("hot_gan_soft", gan(), rates=4),
         Arm("hot_gan_alone", {"gan": {"weight": 1.0}}, rates=4),
         EARLY,
-        *(replace(arm, name=f"early_{arm.name}", early=True) for arm in central),
+        *(replace(arm, name=f"early_{arm.name}", early=True) for arm in (*central, *others)),
         Arm("gan_ratio_0.3", gan(weight_ratio=0.3)),
         Arm("gan_spatial", gan(head="spatial")),
         Arm("gan_per_token", gan(head="per_token")),
