@@ -31,10 +31,12 @@ RESULTS = Path(__file__).parent / "results"
 NEIGHBOURS = 64
 # Codes have a squared norm of about 1 here, and latents lie 0.3 away from theirs.
 NOISE, TWO_TAU_SQUARED = 0.3, 0.3
-# Cases of more codes than this take `large_rounds`: a dense round of 2^28 scores or more takes 10 to 25 s.
+# Cases of more codes than this take `large_rounds`: a dense round takes 10 to 25 s there.
 LARGE = 100_000
+PEAKS = 3
 AGREEMENT = 1e-3
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+M_MMAP_THRESHOLD = -3  # of mallopt(3)
 
 
 @dataclass(frozen=True)
@@ -62,28 +64,22 @@ CASES = (
 
 @dataclass(frozen=True)
 class Inputs:
-    """What exists before a row is measured. Shapes: N tokens, K codes, d width.
+    """What exists before a row is measured: N tokens, K codes, d width.
 
-    Attributes:
-        hidden: (N, d), with gradient.
-        weight: The head, (K, d), with gradient.
-        codebook: Code vectors, or frozen embeddings, (K, d).
-        codes: Of the tokens, (N,) int64.
-        latents: Near the vectors of `codes`, (N, d).
-        upstream: Gradient of a soft embedding, (N, d).
-        table: Of neighbours, for the row that uses one.
+    Hidden states (N, d) and head (K, d) with gradient, code vectors or frozen embeddings (K, d), tokens (N,) and
+    latents (N, d) near their vectors, the gradient of a soft embedding (N, d), a table of neighbours.
     """
 
     hidden: Tensor
     weight: Tensor
     codebook: Tensor
-    codes: Tensor
+    tokens: Tensor
     latents: Tensor
     upstream: Tensor
-    table: NeighbourTable | None
+    table: NeighbourTable
 
 
-def make_inputs(case: Case, *, seed: int, table: bool) -> Inputs:
+def make_inputs(case: Case, *, seed: int) -> Inputs:
     """Random inputs: scores of standard deviation 1."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -93,11 +89,11 @@ def make_inputs(case: Case, *, seed: int, table: bool) -> Inputs:
     hidden = normal(case.tokens, 1.0).requires_grad_()
     weight = normal(case.codes, case.width**-0.5).requires_grad_()
     codebook = normal(case.codes, case.width**-0.5)
-    codes = torch.randint(case.codes, (case.tokens,), generator=generator)
-    latents = normal(case.tokens, NOISE * case.width**-0.5).add_(codebook[codes])
+    tokens = torch.randint(case.codes, (case.tokens,), generator=generator)
+    latents = normal(case.tokens, NOISE * case.width**-0.5).add_(codebook[tokens])
     upstream = normal(case.tokens, 1.0)
-    made = random_table(case.codes, generator=generator) if table else None
-    return Inputs(hidden, weight, codebook, codes, latents, upstream, made)
+    table = random_table(case.codes, generator=generator)
+    return Inputs(hidden, weight, codebook, tokens, latents, upstream, table)
 
 
 def random_table(codes: int, *, generator: torch.Generator) -> NeighbourTable:
@@ -123,93 +119,50 @@ def snce_naive(inputs: Inputs) -> Tensor:
 
 def snce(inputs: Inputs, *, impl: Literal["dense", "fused"]) -> Tensor:
     """SNCE by the library."""
-    return neighbour_cross_entropy(
-        inputs.hidden,
-        inputs.weight,
-        inputs.latents,
-        inputs.codebook,
-        two_tau_squared=TWO_TAU_SQUARED,
-        impl=impl,
-    )
+    tensors = (inputs.hidden, inputs.weight, inputs.latents, inputs.codebook)
+    return neighbour_cross_entropy(*tensors, two_tau_squared=TWO_TAU_SQUARED, impl=impl)
 
 
-def snce_table(inputs: Inputs) -> Tensor:
-    """SNCE from codes, with a table of their neighbours."""
-    assert inputs.table is not None
-    return inputs.table.cross_entropy(inputs.hidden, inputs.weight, inputs.codes, impl="fused")
-
-
-def hard_cross_entropy(inputs: Inputs) -> Tensor:
-    """The loss that SNCE takes the place of."""
-    return F.cross_entropy(inputs.hidden @ inputs.weight.T, inputs.codes)
-
-
-def embed_naive(inputs: Inputs) -> Tensor:
-    """The soft embedding as one writes it down."""
-    return (inputs.hidden @ inputs.weight.T).softmax(dim=-1) @ inputs.codebook
-
-
-def embed_fused(inputs: Inputs) -> Tensor:
-    """The soft embedding by the library."""
-    return soft_embedding(inputs.hidden, inputs.weight, inputs.codebook, impl="fused")
-
-
-NAIVE, DENSE, FUSED, TABLE, HARD = (
-    "SNCE naive dense",
-    "SNCE dense",
-    "SNCE fused",
-    "SNCE with a neighbour table",
-    "hard cross-entropy dense",
-)
-EMBED_DENSE, EMBED_FUSED = "dense softmax(hW')E", "fused soft_embedding"
+NAIVE, DENSE, FUSED = "SNCE naive dense", "SNCE dense", "SNCE fused"
+TABLE, HARD = "SNCE with a neighbour table", "hard cross-entropy dense"
+EMBED_DENSE, EMBED_FUSED = "dense softmax(hW')E", "fused soft embedding"
 ROWS: Mapping[str, Mapping[str, Callable[[Inputs], Tensor]]] = {
     "SNCE": {
         NAIVE: snce_naive,
-        DENSE: lambda inputs: snce(inputs, impl="dense"),
-        FUSED: lambda inputs: snce(inputs, impl="fused"),
-        TABLE: snce_table,
-        HARD: hard_cross_entropy,
+        DENSE: lambda x: snce(x, impl="dense"),
+        FUSED: lambda x: snce(x, impl="fused"),
+        TABLE: lambda x: x.table.cross_entropy(x.hidden, x.weight, x.tokens, impl="fused"),
+        HARD: lambda x: F.cross_entropy(x.hidden @ x.weight.T, x.tokens),
     },
-    "soft embedding": {EMBED_DENSE: embed_naive, EMBED_FUSED: embed_fused},
+    "soft embedding": {
+        EMBED_DENSE: lambda x: (x.hidden @ x.weight.T).softmax(dim=-1) @ x.codebook,
+        EMBED_FUSED: lambda x: soft_embedding(x.hidden, x.weight, x.codebook, impl="fused"),
+    },
 }
-SAME = (NAIVE, DENSE, FUSED, EMBED_DENSE, EMBED_FUSED)
-"""Rows that compute the same thing as the first of their operator."""
+OTHER_LOSSES = (TABLE, HARD)
+"""Rows whose values are not those of the first row of their operator."""
 
 
 @dataclass(frozen=True)
 class Demand:
-    """A bound on a ratio of two rows of `CASES[case]`.
+    """Bounds on a ratio, by index of the case; None shows the ratio and asks nothing.
 
-    Attributes:
-        quantity: `memory` is `against` over `row`, at least the bound; `time` is `row` over `against`, at most.
-        case: Index.
-        row: What is judged.
-        against: What it is compared with.
-        bound: None shows the ratio and asks nothing.
+    The ratio is `against` over `row` for memory, at least the bound, and `row` over `against` for time, at most.
     """
 
     quantity: Literal["memory", "time"]
-    case: int
     row: str
     against: str
-    bound: float | None
+    bounds: Mapping[int, float | None]
 
 
 DEMANDS = (
-    Demand("memory", 0, FUSED, NAIVE, 8),
-    Demand("memory", 1, FUSED, NAIVE, 8),
-    Demand("memory", 2, FUSED, NAIVE, 6),
-    Demand("time", 0, FUSED, NAIVE, 0.85),
-    Demand("time", 1, FUSED, NAIVE, None),
-    Demand("time", 2, FUSED, NAIVE, None),
-    Demand("time", 0, FUSED, HARD, 1.5),
-    Demand("time", 1, FUSED, HARD, None),
-    Demand("time", 2, FUSED, HARD, None),
-    Demand("time", 0, TABLE, HARD, 1.1),
-    Demand("time", 1, TABLE, HARD, None),
-    Demand("time", 2, TABLE, HARD, None),
-    Demand("memory", 3, EMBED_FUSED, EMBED_DENSE, 5),
-    Demand("time", 3, EMBED_FUSED, EMBED_DENSE, 1.2),
+    Demand("memory", FUSED, NAIVE, {0: 8, 1: 8, 2: 6}),
+    Demand("time", FUSED, NAIVE, {0: 0.85, 1: None, 2: None}),
+    Demand("time", FUSED, HARD, {0: 1.5, 1: None, 2: None}),
+    Demand("time", TABLE, HARD, {0: 1.1, 1: None, 2: None}),
+    Demand("memory", EMBED_FUSED, EMBED_DENSE, {3: 5}),
+    Demand("time", EMBED_FUSED, EMBED_DENSE, {3: 1.2}),
 )
 
 
@@ -221,25 +174,29 @@ def forward_backward(case: Case, name: str, inputs: Inputs) -> tuple[Tensor, Ten
     return out.detach(), of_hidden, of_weight
 
 
-def measure_peak(case: Case, name: str, seed: int) -> float | None:
-    """Most memory that the row takes above its inputs, MiB; None where no process can reset its peak.
+def measure_peak(case: Case, name: str, seed: int, keep_freed: bool) -> float | None:
+    """Most memory that the row takes above its inputs, MiB; None where it cannot be measured. For a new process.
 
-    Call it in a process of its own. Freed memory goes back to the system first, so that none of it is used again
-    unseen.
+    Args:
+        case: Sizes.
+        name: Of the row.
+        seed: Of the inputs.
+        keep_freed: Whether the allocator may keep freed blocks of up to 32 MiB, as it does by itself. What it kept
+            before is handed back first, or else it would be used again unseen.
     """
     torch.set_num_threads(1)
     small = Case(case.operator, tokens=64, codes=1024)
-    forward_backward(small, name, make_inputs(small, seed=seed, table=name == TABLE))
-    inputs = make_inputs(case, seed=seed, table=name == TABLE)
+    forward_backward(small, name, make_inputs(small, seed=seed))
+    inputs = make_inputs(case, seed=seed)
     gc.collect()
     try:
-        CLEAR_REFS.write_text("5")  # proc_pid_clear_refs(5): the peak is now what is resident
-    except OSError:
-        return None
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "malloc_trim"):
+        libc = ctypes.CDLL(None)
+        if not keep_freed:
+            libc.mallopt(M_MMAP_THRESHOLD, 2**17)
         libc.malloc_trim(0)
-    CLEAR_REFS.write_text("5")
+        CLEAR_REFS.write_text("5")  # the peak is now what is resident
+    except (OSError, TypeError, AttributeError):
+        return None
     before = _status_mib("VmRSS")
     forward_backward(case, name, inputs)
     return _status_mib("VmHWM") - before
@@ -253,13 +210,7 @@ def _status_mib(field: str) -> float:
 
 @dataclass(frozen=True)
 class Timing:
-    """Of one case.
-
-    Attributes:
-        seconds: CPU seconds of the process, by row and round.
-        losses: Values of the rows that are scalars.
-        differences: Relative differences of value and gradients from the operator's first row, for those in `SAME`.
-    """
+    """CPU seconds by row and round, losses, and relative differences from the operator's first row."""
 
     seconds: dict[str, list[float]]
     losses: dict[str, float]
@@ -270,20 +221,21 @@ def measure_time(case: Case, rounds: int, seed: int) -> Timing:
     """Time the rows in turn, `rounds` times after a first round that warms up and compares their results."""
     torch.set_num_threads(1)
     names = list(ROWS[case.operator])
-    inputs = make_inputs(case, seed=seed, table=TABLE in names)
+    inputs = make_inputs(case, seed=seed)
     losses: dict[str, float] = {}
     differences: dict[str, dict[str, float]] = {}
-    first = forward_backward(case, names[0], inputs)
+    first = None
     for name in names:
         results = forward_backward(case, name, inputs)
         if results[0].ndim == 0:
             losses[name] = results[0].item()
-        if name in SAME[1:] and name != names[0]:
+        if first is None:
+            first = results
+        elif name not in OTHER_LOSSES:
             pairs = zip(("value", "hidden", "weight"), results, first, strict=True)
             differences[name] = {key: float((got - wanted).norm() / wanted.norm()) for key, got, wanted in pairs}
             assert max(differences[name].values()) < AGREEMENT, (name, differences[name])
-        del results
-    del first
+    del first, results
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(rounds):
         for name in names:
@@ -297,17 +249,21 @@ def measure(index: int, *, rounds: int, seed: int) -> dict[str, Any]:
     """Everything of `CASES[index]`, each measurement in a new process."""
     case = CASES[index]
     timing: Timing = _apart(measure_time, case, rounds, seed)
-    rows = [
-        {
+    rows = []
+    for name, seconds in timing.seconds.items():
+        peaks = [_apart(measure_peak, case, name, seed, True) for _ in range(PEAKS)]
+        known = [peak for peak in peaks if peak is not None]
+        row = {
             "name": name,
             "cpu_seconds": statistics.median(seconds),
             "cpu_seconds_by_round": seconds,
-            "peak_extra_mib": _apart(measure_peak, case, name, seed),
+            "peak_extra_mib": statistics.median(known) if known else None,
+            "peak_extra_mib_by_process": peaks,
+            "peak_extra_mib_nothing_kept": _apart(measure_peak, case, name, seed, False),
             "loss": timing.losses.get(name),
             "relative_difference": timing.differences.get(name),
         }
-        for name, seconds in timing.seconds.items()
-    ]
+        rows.append(row)
     return {"index": index, "title": case.title, **asdict(case), "rounds": rounds, "rows": rows}
 
 
@@ -338,13 +294,11 @@ def codebook_attention(
     for key, value in (("rounds", rounds), ("large_rounds", large_rounds)):
         if value < 1:
             raise ValueError(f"{key}: expected at least 1, got {value}")
-    cases = [
-        measure(index, rounds=large_rounds if CASES[index].codes > LARGE else rounds, seed=seed)
-        for index in sorted(set(shapes))
-    ]
-    chosen = "" if len(cases) == len(CASES) else f" --shapes [{','.join(str(case['index']) for case in cases)}]"
+    chosen = sorted(set(shapes))
+    cases = [measure(i, rounds=large_rounds if CASES[i].codes > LARGE else rounds, seed=seed) for i in chosen]
+    options = f"--shapes [{','.join(map(str, chosen))}] --rounds {rounds} --large_rounds {large_rounds} --seed {seed}"
     content = {
-        "command": f"python benchmarks/codebook_attention.py{chosen} --rounds {rounds} --large_rounds {large_rounds}",
+        "command": f"python benchmarks/codebook_attention.py {options}",
         "seed": seed,
         "device": "cpu",
         "dtype": "float32",
@@ -361,26 +315,23 @@ def codebook_attention(
 
 
 def claims(cases: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The ratios of `DEMANDS` whose case was measured. `holds` is None where nothing is asked, or no figure is there."""
+    """The ratios of `DEMANDS` whose case was measured; `holds` is None where nothing is asked or measured."""
     by_index = {case["index"]: case for case in cases}
     rows = []
     for demand in DEMANDS:
-        if demand.case not in by_index:
-            continue
-        case = by_index[demand.case]
-        key = "peak_extra_mib" if demand.quantity == "memory" else "cpu_seconds"
-        figures = {row["name"]: row[key] for row in case["rows"]}
-        ratio = _ratio(figures[demand.row], figures[demand.against])
-        bound, holds = demand.bound, None
-        if demand.quantity == "memory":
-            claim = f"memory, {demand.against} / {demand.row}"
-            ratio = _ratio(figures[demand.against], figures[demand.row])
-            holds = None if ratio is None or bound is None else ratio >= bound
-        else:
-            claim = f"time, {demand.row} / {demand.against}"
-            holds = None if ratio is None or bound is None else ratio <= bound
-        bounds = {"at_least": bound} if demand.quantity == "memory" else {"at_most": bound}
-        rows.append({"claim": claim, "case": case["title"], "ratio": ratio, **bounds, "holds": holds})
+        memory = demand.quantity == "memory"
+        above, below = (demand.against, demand.row) if memory else (demand.row, demand.against)
+        for index, bound in demand.bounds.items():
+            if index not in by_index:
+                continue
+            key = "peak_extra_mib" if memory else "cpu_seconds"
+            figures = {row["name"]: row[key] for row in by_index[index]["rows"]}
+            ratio = _ratio(figures[above], figures[below])
+            holds = None
+            if ratio is not None and bound is not None:
+                holds = ratio >= bound if memory else ratio <= bound
+            row = {"claim": f"{demand.quantity}, {above} / {below}", "case": by_index[index]["title"], "ratio": ratio}
+            rows.append({**row, "at_least" if memory else "at_most": bound, "holds": holds})
     return rows
 
 
@@ -395,28 +346,32 @@ def _markdown(content: Mapping[str, Any]) -> str:
         "# Large codebooks: SNCE and the soft embedding, dense and fused",
         "",
         f"`{content['command']}`: forward and backward with gradients to hidden states and head, float32, hidden "
-        f"states, latents and embeddings {CASES[0].width} wide, random inputs of seed {content['seed']}. torch "
+        f"states, latents and embeddings {CASES[0].width} wide, random inputs. torch "
         f"{versions['torch']}, Python {versions['python']}, {content['system']}, {content['threads']} thread. These "
         "are figures of a CPU; a GPU is not measured.",
         "",
         "Time is CPU seconds of the process, the median over rounds (least to most beside it); in a round all rows of "
         "a table run in turn in one process, after a round that is not counted. Ratios are of medians.",
         "",
-        "Peak memory was not measured: this platform does not let a process reset its peak."
+        "Peak memory was not measured: that takes Linux with glibc."
         if None in peaks
-        else "Peak memory is what the process holds at most above its inputs, so that gradients of hidden states and "
-        "head count: VmHWM, reset before, less VmRSS before, once a row in a process of its own.",
+        else "Peak memory is the most that the process holds above its inputs, gradients of hidden states and head "
+        f"included: VmHWM, reset before, less VmRSS before; the median of {PEAKS} processes of their own. The "
+        "allocator keeps freed blocks of up to 32 MiB, and they count. The last column is without: there each block "
+        "above 128 KiB goes back at once. Claims go by the former.",
     ]
     for case in content["cases"]:
         lines += ["", f"## {case['title']}", "", *_table(case)]
     lines += ["", "## Claims", "", "| claim | at | ratio | asked | holds |", "|---|---|---|---|---|"]
     lines += [_claim(row) for row in content["claims"]]
-    found = [row["relative_difference"] for case in content["cases"] for row in case["rows"]]
-    worst = {key: max(row[key] for row in found if row is not None) for key in ("value", "hidden", "weight")}
+    differences = [row["relative_difference"] for case in content["cases"] for row in case["rows"]]
+    value, hidden, weight = (
+        max(found[key] for found in differences if found is not None) for key in ("value", "hidden", "weight")
+    )
     lines += [
         "",
-        f"Rows that compute the same thing agree: relative differences from the first row are at most "
-        f"{worst['value']:.0e} for the value and {max(worst['hidden'], worst['weight']):.0e} for the gradients "
+        "Rows that compute the same thing agree: relative differences from the first row are at most "
+        f"{value:.0e} for the value and {max(hidden, weight):.0e} for the gradients "
         f"(below {AGREEMENT:g} is asserted).",
         "",
         f"The table of {content['neighbours']} neighbours a code is filled at random and belongs to the inputs: the "
@@ -430,14 +385,15 @@ def _table(case: Mapping[str, Any]) -> list[str]:
     rows = {row["name"]: row for row in case["rows"]}
     first, hard = next(iter(rows.values())), rows.get(HARD)
     head = ["row", "CPU s", "rounds", f"time / {first['name']}", *([f"time / {HARD}"] if hard else [])]
-    head += ["peak extra, MiB", f"memory, {first['name']} / row"]
+    head += ["peak extra, MiB", f"memory, {first['name']} / row", "peak with nothing kept, MiB"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for name, row in rows.items():
         seconds, rounds = row["cpu_seconds"], row["cpu_seconds_by_round"]
         cells = [name, f"**{seconds:.2f}** ({min(rounds):.2f} to {max(rounds):.2f})", str(case["rounds"])]
         cells += [_shown(_ratio(seconds, other["cpu_seconds"])) for other in (first, hard) if other]
-        cells += ["" if row["peak_extra_mib"] is None else f"{row['peak_extra_mib']:.0f}"]
+        cells += [_shown(row["peak_extra_mib"], digits=0)]
         cells += [_shown(_ratio(first["peak_extra_mib"], row["peak_extra_mib"]), digits=1)]
+        cells += [_shown(row["peak_extra_mib_nothing_kept"], digits=0)]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -451,8 +407,8 @@ def _claim(row: Mapping[str, Any]) -> str:
     return f"| {row['claim']} | {row['case']} | {ratio} | {asked} | {holds} |"
 
 
-def _shown(ratio: float | None, *, digits: int = 2) -> str:
-    return "not measured" if ratio is None else f"{ratio:.{digits}f}"
+def _shown(figure: float | None, *, digits: int = 2) -> str:
+    return "not measured" if figure is None else f"{figure:.{digits}f}"
 
 
 if __name__ == "__main__":

@@ -239,7 +239,7 @@ def _tokenizer_figures(setting: Setting) -> dict[str, float]:
 
 
 def _open(setting: Setting, run: Run) -> Pretrained:
-    return FAMILIES[run.family].load(setting.folder(run) / "model")
+    return FAMILIES[run.family].from_pretrained(setting.folder(run) / "model")
 
 
 def _samples(model: Pretrained, tokenizer: ImageTokenizer, labels: Tensor, *, seed: int) -> Tensor:
