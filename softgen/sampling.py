@@ -107,7 +107,10 @@ class HaltonSampler:
 
     @torch.no_grad()
     def __call__(self, model: MaskedDiffusionModel, condition: Condition, noise: UniformSource) -> Tensor:
-        """Sample tokens (B, N) for the B conditions. All sites of a position are revealed together."""
+        """Sample tokens (B, N) for the B conditions. All sites of a position are revealed together.
+
+        Noise a step: the draws of the codes that it reveals.
+        """
         check_guidance(model, self.guidance)
         side = math.isqrt(model.num_tokens)
         if side * side != model.num_tokens:
@@ -117,10 +120,9 @@ class HaltonSampler:
         order = halton_order(side, side).to(tokens.device)
         first = 0
         for count in reveal_counts(self.schedule, num_sites=model.num_tokens, steps=self.steps):
-            logits = guided_logits(model, model.embed(tokens), condition, scale=self.guidance)
-            drawn = sample_categorical(logits, noise, temperature=self.temperature, draw=self.draw)
             chosen = sites[order[first : first + count]].flatten()
-            tokens[:, chosen] = drawn[:, chosen]
+            logits = guided_logits(model, model.embed(tokens), condition, scale=self.guidance)[:, chosen]
+            tokens[:, chosen] = sample_categorical(logits, noise, temperature=self.temperature, draw=self.draw)
             first += count
         return tokens
 
