@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,6 +30,9 @@ class Pretrained(nn.Module):
 
     def on_weights_averaged(self) -> None:
         """Called after the weights were replaced by an average: restore what averaging breaks."""
+
+    def restore_buffers(self) -> None:
+        """Called on a module that was built on the meta device: compute the buffers that no checkpoint holds."""
 
     def save_pretrained(self, folder: str | Path, *, tokenizer: "Pretrained | None" = None) -> None:
         """Write config.json and model.safetensors, all of it or nothing.
@@ -106,8 +109,8 @@ def from_config(config: Mapping[str, Any], *, key: str) -> Pretrained:
         raise ValueError(f"{key}: expected the arguments of {class_name}, got {error}") from error
 
 
-def resolve_folder(source: str | Path, *, key: str) -> Path:
-    """A local folder as it is; otherwise the hub repository of that id, downloaded to the cache."""
+def resolve_folder(source: str | Path, *, key: str, patterns: Sequence[str] = ("*.json", "*.safetensors")) -> Path:
+    """A local folder as it is; otherwise the hub repository of that id, its files of `patterns` downloaded."""
     folder = Path(source)
     if folder.is_dir():
         return folder
@@ -117,8 +120,7 @@ def resolve_folder(source: str | Path, *, key: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        patterns = ["*.json", "*.safetensors"]
-        return Path(snapshot_download(str(source), allow_patterns=patterns))
+        return Path(snapshot_download(str(source), allow_patterns=list(patterns)))
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"{key}: expected a folder or a reachable hub id, got {str(source)!r} ({reason})") from error

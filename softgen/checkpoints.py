@@ -1,0 +1,156 @@
+"""Published checkpoints: reading their files, checking their names, and building a module around them.
+
+A module is built without memory of its own and takes the file's tensors as they are, so that a checkpoint is read once
+and held once.
+"""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from softgen.pretrained import Pretrained, check_keys, resolve_folder
+
+_WRAPPERS = ("module.", "_orig_mod.")
+_ENTRIES = ("model_state_dict", "state_dict")
+_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt")
+
+# A tensor that tells a family, and how its checkpoints are called.
+_SIGNATURES = (
+    ("transformer.layers.0.0.fn.mha.in_proj_weight", "MaskGIT"),
+    ("bits_to_indices", "MaskBit"),
+    ("quantize.bits_to_indices", "the MaskBit tokenizer"),
+    ("single_transformer_blocks.0.norm.linear.weight", "Meissonic"),
+    ("quantize.embedding.weight", "a VQ tokenizer"),
+)
+
+M = TypeVar("M", bound=Pretrained)
+
+
+def read_checkpoint(source: str | Path, *, key: str, names: Sequence[str] = ()) -> dict[str, Tensor]:
+    """Read the tensors of a published checkpoint.
+
+    Nothing is unpickled but tensors (`torch.load(weights_only=True)`), and they are mapped from the file, not copied.
+    A dictionary with `model_state_dict` or `state_dict` in it is opened at that entry; prefixes left by DDP and
+    torch.compile are dropped.
+
+    Args:
+        source: A file (.safetensors, .bin, .pth, .pt, .ckpt), a folder, or a hub id `owner/name`.
+        key: The config key that named the source, for error messages.
+        names: Files to look for in a folder or repository, in this order; by default model.safetensors and
+            pytorch_model.bin.
+
+    Raises:
+        ValueError: If there is no such file, or it is truncated, of another kind, or holds more than tensors.
+    """
+    path = find_checkpoint(source, key=key, names=names)
+    if path.suffix == ".safetensors":
+        return _strip(_read_safetensors(path, key=key))
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError as error:
+        raise ValueError(f"{key}: expected a checkpoint, got {path}, which does not exist") from error
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{key}: expected a whole checkpoint of tensors alone, got {path} ({reason})") from error
+    for entry in _ENTRIES:
+        if isinstance(content, dict) and isinstance(content.get(entry), dict):
+            content = content[entry]
+            break
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise ValueError(f"{key}: expected a state dict in {path}, got something else")
+    return _strip(content)
+
+
+def find_checkpoint(source: str | Path, *, key: str, names: Sequence[str] = ()) -> Path:
+    """The file that a source stands for. Arguments and errors as `read_checkpoint`."""
+    path = Path(source)
+    if path.is_file():
+        if path.suffix not in _SUFFIXES:
+            raise ValueError(f"{key}: expected a file of {', '.join(_SUFFIXES)}, got {path}")
+        return path
+    wanted = tuple(names) or ("model.safetensors", "pytorch_model.bin")
+    folder = resolve_folder(source, key=key, patterns=("*.json", *wanted))
+    for name in wanted:
+        if (folder / name).is_file():
+            return folder / name
+    raise ValueError(f"{key}: expected {' or '.join(wanted)} in {folder}, got none of them")
+
+
+def build(
+    cls: type[M],
+    arguments: Mapping[str, Any],
+    state: Mapping[str, Tensor],
+    *,
+    key: str,
+    optional: Collection[str] = (),
+    dropped: Iterable[str] = (),
+    dtype: torch.dtype | None = None,
+) -> M:
+    """A module of `arguments` that holds the tensors of `state`, in eval mode.
+
+    Args:
+        cls: The module's class; it overrides `Pretrained.restore_buffers` if it has buffers outside its state dict.
+        arguments: Of its constructor.
+        state: The checkpoint's tensors, named as the module's.
+        key: The config key that named the checkpoint, for error messages.
+        optional: Names that a checkpoint may lack, buffers that `restore_buffers` fills.
+        dropped: Prefixes of tensors that have no part in the module, such as a training loss's.
+        dtype: Of floating-point tensors; None keeps the checkpoint's.
+
+    Raises:
+        ValueError: If names or shapes disagree, saying of which family the checkpoint is where that is known.
+    """
+    prefixes = tuple(dropped)
+    kept = {name: value for name, value in state.items() if not (prefixes and name.startswith(prefixes))}
+    with torch.device("meta"):
+        module = cls(**arguments)
+    expected = module.state_dict()
+    for name in optional:
+        if name not in kept:
+            expected.pop(name, None)
+    try:
+        check_keys(expected, kept, key=key)
+    except ValueError as error:
+        family = family_of(state)
+        raise ValueError(f"{error} (a checkpoint of {family})" if family is not None else str(error)) from error
+    if dtype is not None:
+        kept = {name: value.to(dtype) if value.is_floating_point() else value for name, value in kept.items()}
+    module.load_state_dict(kept, strict=False, assign=True)
+    for parameter in module.parameters():
+        parameter.requires_grad_(True)
+    module.restore_buffers()
+    empty = [name for name, value in _tensors(module) if value.is_meta]
+    assert not empty, f"restore_buffers of {cls.__name__} leaves out {', '.join(empty)}"
+    return module.eval()
+
+
+def family_of(state: Mapping[str, Any]) -> str | None:
+    """What family a checkpoint is of, by its tensors' names; None if it is none that is known."""
+    return next((family for name, family in _SIGNATURES if name in state), None)
+
+
+def _tensors(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()
+
+
+def _read_safetensors(path: Path, *, key: str) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{key}: expected a whole safetensors file, got {path} ({error})") from error
+
+
+def _strip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without the prefix that a wrapper put before every name."""
+    stripped = dict(state)
+    for prefix in _WRAPPERS:
+        if stripped and all(name.startswith(prefix) for name in stripped):
+            stripped = {name.removeprefix(prefix): value for name, value in stripped.items()}
+    return stripped

@@ -1,0 +1,25 @@
+"""Every family that can be checked: its name in config.json, and the module that checks it."""
+
+import importlib
+
+from tests.parity.fixture import Family
+
+_MODULES: dict[str, str] = {}
+
+
+def names() -> list[str]:
+    """The families that can be checked."""
+    return sorted(_MODULES)
+
+
+def find_family(name: str) -> Family:
+    """The family of that name.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if name not in _MODULES:
+        raise ValueError(f"family: expected one of {', '.join(names())}, got {name!r}")
+    family = importlib.import_module(f"tests.parity.{_MODULES[name]}").FAMILIES[name]
+    assert isinstance(family, Family)
+    return family
