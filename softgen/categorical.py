@@ -47,6 +47,19 @@ class StoredNoise:
         return draw
 
 
+def check_token_range(tokens: Tensor, highest: int) -> None:
+    """Refuse ids outside 0..highest. On the CPU alone: elsewhere the answer would stall the device.
+
+    Raises:
+        ValueError: Naming the range and the offending id.
+    """
+    if tokens.device.type != "cpu" or tokens.numel() == 0 or torch.compiler.is_compiling():
+        return
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high > highest:
+        raise ValueError(f"tokens: expected ids in 0..{highest}, got {low if low < 0 else high}")
+
+
 def sample_categorical(
     logits: Tensor, noise: UniformSource, *, temperature: float = 1.0, draw: Draw = "inverse_cdf"
 ) -> Tensor:

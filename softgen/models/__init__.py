@@ -4,6 +4,7 @@ from softgen.models.autoregressive import AutoregressiveTransformer
 from softgen.models.base import ImageCodeModel, MaskedDiffusionModel, ModelOutput
 from softgen.models.conditions import ClassCondition, Condition
 from softgen.models.generator import OneStepGenerator
+from softgen.models.maskgit import MaskGIT
 from softgen.models.transformer import MaskedTransformer
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "ClassCondition",
     "Condition",
     "ImageCodeModel",
+    "MaskGIT",
     "MaskedDiffusionModel",
     "MaskedTransformer",
     "ModelOutput",

@@ -4,7 +4,9 @@ import importlib
 
 from tests.parity.fixture import Family
 
-_MODULES: dict[str, str] = {}
+_MODULES: dict[str, str] = {
+    "maskgit": "maskgit",
+}
 
 
 def names() -> list[str]:
