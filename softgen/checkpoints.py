@@ -4,9 +4,12 @@ A module is built without memory of its own and takes the file's tensors as they
 and held once.
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import importlib
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +28,12 @@ _SIGNATURES = (
     ("single_transformer_blocks.0.norm.linear.weight", "Meissonic"),
     ("quantize.embedding.weight", "a VQ tokenizer"),
 )
+
+# The model of each published family, and its tokenizer; a tokenizer stands alone.
+_FAMILIES: dict[str, tuple[str, str | None]] = {
+    "maskgit": ("softgen.models.MaskGIT", "softgen.tokenizers.TamingVQGAN"),
+    "taming_vqgan": ("softgen.tokenizers.TamingVQGAN", None),
+}
 
 M = TypeVar("M", bound=Pretrained)
 
@@ -49,12 +58,16 @@ def read_checkpoint(source: str | Path, *, key: str, names: Sequence[str] = ()) 
     if path.suffix == ".safetensors":
         return _strip(_read_safetensors(path, key=key))
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with _placeholders(path):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError as error:
         raise ValueError(f"{key}: expected a checkpoint, got {path}, which does not exist") from error
     except Exception as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{key}: expected a whole checkpoint of tensors alone, got {path} ({reason})") from error
+        raise ValueError(
+            f"{key}: expected a whole checkpoint of tensors alone, got {path} ({reason}); "
+            "`python -m softgen.convert` drops what is not a tensor"
+        ) from error
     for entry in _ENTRIES:
         if isinstance(content, dict) and isinstance(content.get(entry), dict):
             content = content[entry]
@@ -62,6 +75,65 @@ def read_checkpoint(source: str | Path, *, key: str, names: Sequence[str] = ()) 
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise ValueError(f"{key}: expected a state dict in {path}, got something else")
     return _strip(content)
+
+
+_converting: ContextVar[bool] = ContextVar("converting", default=False)
+
+
+@contextmanager
+def converting() -> Iterator[None]:
+    """Within, objects that a checkpoint pickles besides tensors are read as inert placeholders.
+
+    Their classes are neither imported nor called: `torch.load` keeps to `weights_only=True`.
+    """
+    token = _converting.set(True)
+    try:
+        yield
+    finally:
+        _converting.reset(token)
+
+
+@contextmanager
+def _placeholders(path: Path) -> Iterator[None]:
+    if not _converting.get() or not path.is_file():
+        yield
+        return
+    from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+
+    try:
+        names = get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # what is no checkpoint is refused by the load that follows
+        names = []
+    with safe_globals([(_placeholder(name), name) for name in names]):
+        yield
+
+
+def _placeholder(name: str) -> type:
+    """An empty class under a name; it takes any arguments and any state."""
+
+    def ignore(self: object, *_: object, **__: object) -> None:
+        return None
+
+    return type(name.rpartition(".")[2], (), {"__init__": ignore, "__setstate__": ignore})
+
+
+def published_families(name: str) -> tuple[type[Pretrained], type[Pretrained] | None]:
+    """The class of a family's model, and that of its tokenizer; the class of a tokenizer, and None.
+
+    Raises:
+        ValueError: If the family is unknown.
+    """
+    if name not in _FAMILIES:
+        raise ValueError(f"family: expected one of {', '.join(sorted(_FAMILIES))}, got {name!r}")
+    model, tokenizer = _FAMILIES[name]
+    return _find_class(model), None if tokenizer is None else _find_class(tokenizer)
+
+
+def _find_class(path: str) -> type[Pretrained]:
+    module, _, name = path.rpartition(".")
+    found = getattr(importlib.import_module(module), name)
+    assert issubclass(found, Pretrained)
+    return cast(type[Pretrained], found)
 
 
 def find_checkpoint(source: str | Path, *, key: str, names: Sequence[str] = ()) -> Path:

@@ -15,6 +15,8 @@ from softgen.checkpoints import build, read_checkpoint
 from softgen.relaxation import full_precision, widen
 from softgen.tokenizers.base import ImageTokenizer
 
+_RESOLUTION = 256  # that levels are named by
+
 
 def _norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(32, channels, eps=1e-6)
@@ -284,8 +286,6 @@ class TamingVQGAN(ImageTokenizer):
         *,
         key: str = "tokenizer",
         image_size: int = 256,
-        attn_resolutions: Sequence[int] = (16,),
-        resolution: int = 256,
         dtype: torch.dtype | None = None,
     ) -> "TamingVQGAN":
         """Open a published checkpoint; weights of its training loss (`loss.*`) are left out.
@@ -295,8 +295,6 @@ class TamingVQGAN(ImageTokenizer):
                 Lightning checkpoint that holds more than tensors is turned into safetensors by `softgen.convert`.
             key: The config key that named it, for error messages.
             image_size: Of the images that it is to be used on.
-            attn_resolutions: As of the class; which levels have attention is checked against the checkpoint.
-            resolution: As of the class.
             dtype: Of the weights; None keeps the checkpoint's.
 
         Raises:
@@ -305,8 +303,7 @@ class TamingVQGAN(ImageTokenizer):
         state = read_checkpoint(source, key=key, names=("last.ckpt", "model.safetensors", "pytorch_model.bin"))
         state = {_renamed(name): value for name, value in state.items()}
         arguments = _sizes(state)
-        options = {"image_size": image_size, "attn_resolutions": attn_resolutions, "resolution": resolution}
-        return build(cls, {**arguments, **options}, state, key=key, dropped=("loss.",), dtype=dtype)
+        return build(cls, {**arguments, "image_size": image_size}, state, key=key, dropped=("loss.",), dtype=dtype)
 
     @property
     def codebook(self) -> Tensor:
@@ -360,7 +357,10 @@ def _sizes(state: dict[str, Tensor]) -> dict[str, object]:
     while f"encoder.down.0.block.{blocks}.conv1.weight" in state:
         blocks += 1
     n_embed, embed_dim = state["quantizer.embedding.weight"].shape
+    attention = [depth for depth in range(len(widths)) if f"encoder.down.{depth}.attn.0.norm.weight" in state]
     return {
+        "attn_resolutions": [_RESOLUTION >> depth for depth in attention],
+        "resolution": _RESOLUTION,
         "n_embed": n_embed,
         "embed_dim": embed_dim,
         "ch": ch,

@@ -1,0 +1,68 @@
+"""Turn a published checkpoint into our folder, once.
+
+python -m softgen.convert --family maskgit --source MaskGIT_ImageNet_256.pth --tokenizer last.ckpt --out DIR
+"""
+
+from pathlib import Path
+from typing import Any
+
+from softgen.checkpoints import converting, published_families
+from softgen.cli import run_command
+from softgen.pretrained import Pretrained, check_target
+
+PROGRAM = "softgen.convert"
+
+
+def convert(
+    *,
+    family: str,
+    source: str,
+    out: str,
+    tokenizer: str | None = None,
+    options: dict[str, Any] | None = None,
+    tokenizer_options: dict[str, Any] | None = None,
+) -> None:
+    """Write config.json and model.safetensors of a published checkpoint, and of its tokenizer beside it.
+
+    Nothing in a checkpoint is executed: of a file that pickles more than tensors, such as a Lightning checkpoint, the
+    rest is read as inert placeholders and dropped.
+
+    Args:
+        family: One of the families that the toolkit knows, a model or a tokenizer.
+        source: The checkpoint: a file, or a folder or hub id that holds it.
+        out: Folder to write; a saved module there is replaced.
+        tokenizer: Checkpoint of the model's tokenizer, saved in the subfolder `tokenizer`.
+        options: Arguments of the family's `from_checkpoint`, such as {"heads": 16}.
+        tokenizer_options: Arguments of the tokenizer's.
+
+    Raises:
+        ValueError: Naming the option, what was expected and what was got.
+    """
+    model_class, tokenizer_class = published_families(family)
+    check_target(Path(out))
+    if tokenizer is not None and tokenizer_class is None:
+        raise ValueError(f"tokenizer: expected none with {family}, which is a tokenizer itself, got {tokenizer!r}")
+    with converting():
+        model = _open(model_class, source, options, key="source")
+        beside = None
+        if tokenizer is not None and tokenizer_class is not None:
+            beside = _open(tokenizer_class, tokenizer, tokenizer_options, key="tokenizer")
+        model.save_pretrained(out, tokenizer=beside)
+    print(f"{type(model).__name__}: {out}")
+
+
+def _open(cls: Any, source: str, options: dict[str, Any] | None, *, key: str) -> Pretrained:
+    try:
+        opened: Pretrained = cls.from_checkpoint(source, key=key, **(options or {}))
+    except TypeError as error:
+        raise ValueError(f"{key}: expected options of {cls.__name__}.from_checkpoint, got {error}") from error
+    return opened
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command."""
+    run_command(convert, program=PROGRAM, args=args)
+
+
+if __name__ == "__main__":
+    main()

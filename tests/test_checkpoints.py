@@ -1,0 +1,170 @@
+"""Published checkpoints: what is read, what is refused, and that nothing else is executed."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from softgen import load_model, load_tokenizer
+from softgen.checkpoints import build, converting, read_checkpoint
+from softgen.convert import main as convert
+from softgen.models import MaskGIT
+from softgen.tokenizers import TamingVQGAN
+
+SMALL = {"img_size": 32, "hidden_dim": 8, "codebook_size": 5, "depth": 2, "heads": 2, "mlp_dim": 12, "nclass": 3}
+VQGAN: dict[str, Any] = {"image_size": 32, "n_embed": 5, "embed_dim": 4, "ch": 32, "ch_mult": [1, 1, 1, 1, 2]}
+VQGAN |= {"num_res_blocks": 1, "attn_resolutions": [2], "resolution": 32, "z_channels": 6}
+
+
+class Callback:
+    """Stands for an object of another project that a trainer pickled."""
+
+    executed = False
+
+    def __init__(self) -> None:
+        Callback.executed = True
+        self.best = 0.5
+
+    def __setstate__(self, state: object) -> None:
+        Callback.executed = True
+
+
+def small() -> MaskGIT:
+    return MaskGIT(**SMALL)  # type: ignore[arg-type]
+
+
+def published_names(tokenizer: TamingVQGAN) -> dict[str, Tensor]:
+    return {name.replace("quantizer.", "quantize."): value for name, value in tokenizer.state_dict().items()}
+
+
+def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert got.keys() == expected.keys()
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod."])
+@pytest.mark.parametrize("entry", [None, "model_state_dict", "state_dict"])
+def test_every_layout_of_a_file_is_read(prefix: str, entry: str | None, tmp_path: Path) -> None:
+    state = small().state_dict()
+    content: Any = {prefix + name: value for name, value in state.items()}
+    torch.save(content if entry is None else {entry: content, "iter": 7}, tmp_path / "model.pth")
+    assert_same(read_checkpoint(tmp_path / "model.pth", key="model"), state)
+
+
+def test_a_folder_holds_one_of_the_names(tmp_path: Path) -> None:
+    state = small().state_dict()
+    save_file(state, tmp_path / "model.safetensors")
+    assert_same(read_checkpoint(tmp_path, key="model"), state)
+    with pytest.raises(ValueError, match=r"^model: expected other.bin in .*, got none of them$"):
+        read_checkpoint(tmp_path, key="model", names=["other.bin"])
+
+
+def test_objects_are_refused_and_never_executed(tmp_path: Path) -> None:
+    state = small().state_dict()
+    torch.save({"state_dict": state, "callbacks": {"best": Callback()}}, tmp_path / "last.ckpt")
+    Callback.executed = False
+    with pytest.raises(
+        ValueError, match=r"^model: expected a whole checkpoint of tensors alone, got .*softgen.convert"
+    ):
+        read_checkpoint(tmp_path / "last.ckpt", key="model")
+    with converting():
+        assert_same(read_checkpoint(tmp_path / "last.ckpt", key="model"), state)
+    assert not Callback.executed
+    with pytest.raises(ValueError, match="tensors alone"):
+        read_checkpoint(tmp_path / "last.ckpt", key="model")
+
+
+@pytest.mark.parametrize("name", ["cut.pth", "cut.safetensors", "text.bin"])
+def test_broken_files_are_refused_in_one_line(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    if name == "cut.safetensors":
+        save_file(small().state_dict(), path)
+    else:
+        torch.save(small().state_dict(), path)
+    path.write_bytes(path.read_bytes()[:200] if "cut" in name else b"not a checkpoint")
+    with pytest.raises(ValueError, match=r"^model: expected a whole") as caught:
+        read_checkpoint(path, key="model")
+    assert "\n" not in str(caught.value)
+
+
+def test_other_sources_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "weights.npz").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"^model: expected a file of .safetensors, .bin, .pth, .pt, .ckpt, got"):
+        read_checkpoint(tmp_path / "weights.npz", key="model")
+    with pytest.raises(ValueError, match=r"^model: expected a folder or a hub id"):
+        read_checkpoint(tmp_path / "missing.pth", key="model")
+    with pytest.raises(ValueError, match=r"^model: expected a folder or a reachable hub id, got 'someone/something'"):
+        read_checkpoint("someone/something", key="model")
+
+
+def test_a_module_takes_the_tensors_without_copying_them() -> None:
+    state = small().state_dict()
+    model = build(MaskGIT, SMALL, state, key="model")
+    assert model.pos_emb.data_ptr() == state["pos_emb"].data_ptr()
+    assert not model.training
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    half = build(MaskGIT, SMALL, state, key="model", dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+
+
+def test_names_and_shapes_are_checked_both_ways() -> None:
+    state = small().state_dict()
+    without = {name: value for name, value in state.items() if name != "pos_emb"}
+    with pytest.raises(ValueError, match=r"^model: .* 1 missing, first 'pos_emb'"):
+        build(MaskGIT, SMALL, without, key="model")
+    with pytest.raises(ValueError, match=r"1 unexpected, first 'loss.weight'"):
+        build(MaskGIT, SMALL, {**state, "loss.weight": torch.zeros(1)}, key="model")
+    build(MaskGIT, SMALL, {**state, "loss.weight": torch.zeros(1)}, key="model", dropped=["loss."])
+    with pytest.raises(ValueError, match=r"'pos_emb' of shape \(2,\) instead of \(1, 5, 8\)"):
+        build(MaskGIT, SMALL, {**state, "pos_emb": torch.zeros(2)}, key="model")
+
+
+def test_the_family_of_a_foreign_checkpoint_is_named(tmp_path: Path) -> None:
+    save_file(small().state_dict(), tmp_path / "maskgit.safetensors")
+    with pytest.raises(ValueError, match=r"^tokenizer: .*missing.*unexpected.*\(a checkpoint of MaskGIT\)$"):
+        TamingVQGAN.from_checkpoint(tmp_path / "maskgit.safetensors")
+    save_file(published_names(TamingVQGAN(**VQGAN)), tmp_path / "vqgan.safetensors")
+    with pytest.raises(ValueError, match=r"^model: .*\(a checkpoint of a VQ tokenizer\)$"):
+        MaskGIT.from_checkpoint(tmp_path / "vqgan.safetensors")
+
+
+def test_convert_writes_a_folder_that_every_stage_opens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, tokenizer = small(), TamingVQGAN(**VQGAN)
+    torch.save({"model_state_dict": model.state_dict()}, tmp_path / "MaskGIT_ImageNet_256.pth")
+    lightning = {"state_dict": {**published_names(tokenizer), "loss.logvar": torch.zeros(1)}, "callbacks": Callback()}
+    torch.save(lightning, tmp_path / "last.ckpt")
+    convert(
+        [
+            "--family=maskgit",
+            f"--source={tmp_path / 'MaskGIT_ImageNet_256.pth'}",
+            '--options={"heads": 2, "nclass": 3}',
+            f"--tokenizer={tmp_path / 'last.ckpt'}",
+            '--tokenizer_options={"image_size": 32}',
+            f"--out={tmp_path / 'out'}",
+        ]
+    )
+    assert "MaskGIT" in capsys.readouterr().out
+    opened = load_model(tmp_path / "out")
+    assert opened.config == model.config
+    assert_same(opened.state_dict(), model.state_dict())
+    assert_same(load_tokenizer(tmp_path / "out").state_dict(), tokenizer.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--family=gan", "--source=x"], "family: expected one of maskgit"),
+        (["--family=maskgit", "--source=x"], "source: expected a folder or a hub id"),
+        (["--family=taming_vqgan", "--source=x", "--tokenizer=y"], "tokenizer: expected none with taming_vqgan"),
+    ],
+)
+def test_convert_refuses_in_one_line(
+    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        convert([*words, f"--out={tmp_path / 'out'}"])
+    assert capsys.readouterr().err.startswith(f"softgen.convert: error: {message}")
+    assert not (tmp_path / "out").exists()
