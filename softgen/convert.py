@@ -8,6 +8,8 @@ from typing import Any
 
 from softgen.checkpoints import converting, published_families
 from softgen.cli import run_command
+from softgen.models.base import MaskedDiffusionModel
+from softgen.models.generator import OneStepGenerator
 from softgen.pretrained import Pretrained, check_target
 
 PROGRAM = "softgen.convert"
@@ -21,6 +23,9 @@ def convert(
     tokenizer: str | None = None,
     options: dict[str, Any] | None = None,
     tokenizer_options: dict[str, Any] | None = None,
+    student: bool = False,
+    r_init: float = 0.6,
+    noise: float = 0.1,
 ) -> None:
     """Write config.json and model.safetensors of a published checkpoint, and of its tokenizer beside it.
 
@@ -34,6 +39,9 @@ def convert(
         tokenizer: Checkpoint of the model's tokenizer, saved in the subfolder `tokenizer`.
         options: Arguments of the family's `from_checkpoint`, such as {"heads": 16}.
         tokenizer_options: Arguments of the tokenizer's.
+        student: The checkpoint is a Di[M]O student: write a one-step generator, with the two options that follow.
+        r_init: Share of masks in its initial tokens, in [0, 1]; 0.6 in the published MaskGIT student.
+        noise: Weight of the noise on its initial embeddings, in [0, 1]; 0.1 in the published MaskGIT student.
 
     Raises:
         ValueError: Naming the option, what was expected and what was got.
@@ -47,6 +55,10 @@ def convert(
         beside = None
         if tokenizer is not None and tokenizer_class is not None:
             beside = _open(tokenizer_class, tokenizer, tokenizer_options, key="tokenizer")
+        if student:
+            if not isinstance(model, MaskedDiffusionModel):
+                raise ValueError(f"student: expected a masked diffusion model's family, got {family}")
+            model = OneStepGenerator(model, r_init=r_init, noise=noise)
         model.save_pretrained(out, tokenizer=beside)
     print(f"{type(model).__name__}: {out}")
 

@@ -8,10 +8,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from softgen import load_model, load_tokenizer
+from softgen import load_generator, load_model, load_tokenizer
 from softgen.checkpoints import build, converting, read_checkpoint
 from softgen.convert import main as convert
 from softgen.models import MaskGIT
+from softgen.random import SampleRandom
 from softgen.tokenizers import TamingVQGAN
 
 SMALL = {"img_size": 32, "hidden_dim": 8, "codebook_size": 5, "depth": 2, "heads": 2, "mlp_dim": 12, "nclass": 3}
@@ -151,6 +152,16 @@ def test_convert_writes_a_folder_that_every_stage_opens(tmp_path: Path, capsys: 
     assert opened.config == model.config
     assert_same(opened.state_dict(), model.state_dict())
     assert_same(load_tokenizer(tmp_path / "out").state_dict(), tokenizer.state_dict())
+
+
+def test_convert_writes_a_student(tmp_path: Path) -> None:
+    torch.save(small().state_dict(), tmp_path / "pytorch_model.bin")
+    words = ["--family=maskgit", f"--source={tmp_path}", '--options={"heads": 2, "nclass": 3}', "--student=true"]
+    convert([*words, f"--out={tmp_path / 'out'}", "--r_init=0.5"])
+    generator = load_generator(tmp_path / "out")
+    assert (generator.r_init, generator.noise) == (0.5, 0.1)
+    condition = generator.model.encode(torch.tensor([0, 1]))
+    assert generator.sample(condition, SampleRandom(0, range(2), device=torch.device("cpu"))).shape == (2, 4)
 
 
 @pytest.mark.parametrize(
