@@ -26,13 +26,22 @@ _SIGNATURES = (
     ("bits_to_indices", "MaskBit"),
     ("quantize.bits_to_indices", "the MaskBit tokenizer"),
     ("single_transformer_blocks.0.norm.linear.weight", "Meissonic"),
+    ("model.embeddings.word_embeddings.weight", "ImageBert"),
+    ("in_blocks.0.attn.qkv.weight", "UViTBert"),
+    ("latent_tokens", "TiTok"),
+    ("decoder.mid.attn_1.q.weight", "the Taming VQGAN"),
+    ("decoder.mid.0.conv1.weight", "MaskGIT's VQGAN"),
     ("quantize.embedding.weight", "a VQ tokenizer"),
 )
 
 # The model of each published family, and its tokenizer; a tokenizer stands alone.
 _FAMILIES: dict[str, tuple[str, str | None]] = {
     "maskgit": ("softgen.models.MaskGIT", "softgen.tokenizers.TamingVQGAN"),
+    "imagebert": ("softgen.models.ImageBert", "softgen.tokenizers.TiTok"),
+    "uvitbert": ("softgen.models.UViTBert", "softgen.tokenizers.TiTok"),
     "taming_vqgan": ("softgen.tokenizers.TamingVQGAN", None),
+    "maskgit_vqgan": ("softgen.tokenizers.MaskGITVQGAN", None),
+    "titok": ("softgen.tokenizers.TiTok", None),
 }
 
 M = TypeVar("M", bound=Pretrained)

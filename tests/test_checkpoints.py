@@ -128,7 +128,7 @@ def test_the_family_of_a_foreign_checkpoint_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^tokenizer: .*missing.*unexpected.*\(a checkpoint of MaskGIT\)$"):
         TamingVQGAN.from_checkpoint(tmp_path / "maskgit.safetensors")
     save_file(published_names(TamingVQGAN(**VQGAN)), tmp_path / "vqgan.safetensors")
-    with pytest.raises(ValueError, match=r"^model: .*\(a checkpoint of a VQ tokenizer\)$"):
+    with pytest.raises(ValueError, match=r"^model: .*\(a checkpoint of the Taming VQGAN\)$"):
         MaskGIT.from_checkpoint(tmp_path / "vqgan.safetensors")
 
 
@@ -167,7 +167,7 @@ def test_convert_writes_a_student(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--family=gan", "--source=x"], "family: expected one of maskgit"),
+        (["--family=gan", "--source=x"], "family: expected one of imagebert, "),
         (["--family=maskgit", "--source=x"], "source: expected a folder or a hub id"),
         (["--family=taming_vqgan", "--source=x", "--tokenizer=y"], "tokenizer: expected none with taming_vqgan"),
     ],

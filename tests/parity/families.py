@@ -5,7 +5,13 @@ import importlib
 from tests.parity.fixture import Family
 
 _MODULES: dict[str, str] = {
+    "imagebert": "titok_generators",
+    "uvitbert": "titok_generators",
     "maskgit": "maskgit",
+    "maskgit_vqgan": "titok",
+    "titok": "titok",
+    "titok_direct": "titok",
+    "maskbit": "maskbit",
 }
 
 
