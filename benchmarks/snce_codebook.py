@@ -53,22 +53,25 @@ class Run:
         target: As of `softgen.training.TeacherTraining`.
         factor: 2 tau^2 of SNCE over the median squared distance of latents to their codes.
         seed: Of weights, batches, masks and samples.
+        init: How token embeddings start, as of `softgen.training.TeacherTraining`.
     """
 
     family: str
     target: str
     factor: float | None
     seed: int
+    init: str = "codebook"
 
     @property
     def objective(self) -> str:
         """Its name in the table."""
-        return self.target if self.factor is None else f"{self.target} {self.factor:g}"
+        name = self.target if self.factor is None else f"{self.target} {self.factor:g}"
+        return name if self.init == "codebook" else f"{name}, random embeddings"
 
     @property
     def name(self) -> str:
         """Of its folder."""
-        return f"{self.family}_{self.objective.replace(' ', '_')}_seed_{self.seed}"
+        return f"{self.family}_{self.objective.replace(', ', '_').replace(' ', '_')}_seed_{self.seed}"
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,7 @@ def benchmark(
         for target in ("hard", "label_smoothing", "snce")
     ]
     runs += [Run("mdm", "snce", factor, seeds[0]) for factor in factors]
+    runs += [Run("mdm", target, factor, seeds[0], "random") for target, factor in (("hard", None), ("snce", 3.5))]
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         started = [pool.submit(_train_and_score, setting, run) for run in runs]
         try:
@@ -202,6 +206,7 @@ def _config(setting: Setting, run: Run) -> dict[str, Any]:
     config: dict[str, Any] = yaml.safe_load(find_recipe(DATA).config("2_teacher").read_text())
     options = config["model"]["init_args"]
     options |= {"tokenizer": str(setting.tokenizer), "target": run.target, "label_smoothing": 0.1}
+    options["embedding_init"] = run.init
     options["model"]["class_path"] = f"softgen.models.{FAMILIES[run.family].__name__}"
     options["model"]["init_args"] |= {"num_codes": NUM_CODES, "width": 96}
     if run.factor is not None:
@@ -327,7 +332,8 @@ def _markdown(content: Mapping[str, Any]) -> str:
         f"model, early in training on purpose: this compares how fast they learn. Frechet distance of {content['n']:,} "
         "samples (features of fashionnet) without guidance: 8 Halton steps for the masked diffusion model (mdm), one "
         "pass a site for the autoregressive one (ar). The number after snce is 2 tau^2 over the median squared "
-        f"distance of latents to their codes, {content['nearest_code_distance']:.4g}; 3.5 is what `auto` takes.",
+        f"distance of latents to their codes, {content['nearest_code_distance']:.4g}; 3.5 is what `auto` takes. Token "
+        "embeddings start from the codebook (`embedding_init: codebook`) unless they are said to start at random.",
         "",
         "| model | objective | Frechet distance by seed | mean | accuracy | precision | recall | decoded MSE | "
         "hard NLL | seconds |",

@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -45,6 +45,8 @@ class SoftDiMO(Stage):
         temperature: Of the tokens that the student samples in training, above 0.
         sharpen: Divides the student's logits once, before training, for good; below 1 makes a blunt student sharp.
         freeze_embedding: Keep the student's token embedding as the teacher's.
+        teacher_dtype: Of the frozen teacher's weights; bfloat16 halves them, and needs the precision bf16-mixed.
+        compile_blocks: Compile the blocks of student, teacher and auxiliary model with `torch.compile`.
         seed: Seed of all randomness in training.
     """
 
@@ -61,6 +63,8 @@ class SoftDiMO(Stage):
         temperature: float = 1.0,
         sharpen: float = 1.0,
         freeze_embedding: bool = True,
+        teacher_dtype: Literal["float32", "bfloat16"] = "float32",
+        compile_blocks: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__(optimizer=optimizer, seed=seed)
@@ -93,6 +97,13 @@ class SoftDiMO(Stage):
         if next(iter(self._objectives())).weight == "auto":
             raise ValueError(f"{names[0]}.weight: expected a number for the first objective, the anchor, got 'auto'")
         self._smallest_gap = math.inf
+        # Student and critics began as copies of the teacher: only now may it lose precision.
+        self.teacher_dtype = teacher_dtype
+        self.teacher.to(getattr(torch, teacher_dtype))
+        if compile_blocks:
+            for module in (self.teacher, *self.modules()):
+                if isinstance(module, MaskedDiffusionModel):
+                    module.compile_blocks()
 
     def setup(self, stage: str) -> None:
         """As every stage; and say so when nobody watches that the samples stay of their class."""
@@ -109,6 +120,8 @@ class SoftDiMO(Stage):
     def _check_precision(self) -> None:
         """Half precision that gradients taken inside the step, or heads in float32, cannot work in is refused."""
         precision = self.trainer.precision
+        if self.teacher_dtype == "bfloat16" and precision != "bf16-mixed":
+            raise ValueError(f"model.teacher_dtype: expected bfloat16 with precision bf16-mixed alone, got {precision}")
         refined = [objective for objective in self._objectives() if objective.needs_tokenizer]
         inside = refined or [objective for objective in self._objectives() if objective.weight == "auto"]
         if (refined and precision in ("16-true", "bf16-true")) or (inside and precision == "16-mixed"):

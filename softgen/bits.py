@@ -17,14 +17,13 @@ def code_bits(bits: int) -> Tensor:
 
 def ids_of_bits(latents: Tensor) -> Tensor:
     """The ids (...) int64 of latents (..., bits): a bit is set where the latent is above 0."""
-    weights = 2 ** torch.arange(latents.shape[-1], device=latents.device)
-    return ((latents > 0) * weights).sum(dim=-1)
+    return combine_ids((latents > 0).long(), bits=latents.shape[-1])
 
 
 def split_ids(ids: Tensor, *, bits: int, groups: int) -> Tensor:
     """The codes of the groups, (..., G) in [0, C), of ids (...) in [0, 2^bits)."""
     size = bits // groups
-    return _places(ids.unsqueeze(-1), groups, step=size) & (2**size - 1)
+    return _places(ids.unsqueeze(-1), groups, step=size).bitwise_and(2**size - 1)
 
 
 def combine_ids(codes: Tensor, *, bits: int) -> Tensor:

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from softgen.callbacks import (
     AccuracyWatch,
     ExportModel,
+    MemoryPlan,
     ResumeCheckpoint,
     SampleGrid,
     StepProgress,
@@ -154,7 +155,7 @@ def main(args: list[str] | None = None, *, cli_class: type[StageCLI] = StageCLI)
                     "use_distributed_sampler": False,
                     "enable_model_summary": False,
                     "num_sanity_val_steps": 0,
-                    "callbacks": [StopOnNonFinite(), StepProgress()],
+                    "callbacks": [StopOnNonFinite(), MemoryPlan(), StepProgress()],
                 },
                 args=words,
             )

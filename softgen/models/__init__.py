@@ -4,17 +4,22 @@ from softgen.models.autoregressive import AutoregressiveTransformer
 from softgen.models.base import ImageCodeModel, MaskedDiffusionModel, ModelOutput
 from softgen.models.conditions import ClassCondition, Condition
 from softgen.models.generator import OneStepGenerator
+from softgen.models.maskbit import MaskBit
 from softgen.models.maskgit import MaskGIT
+from softgen.models.titok_generators import ImageBert, UViTBert
 from softgen.models.transformer import MaskedTransformer
 
 __all__ = [
     "AutoregressiveTransformer",
     "ClassCondition",
     "Condition",
+    "ImageBert",
     "ImageCodeModel",
+    "MaskBit",
     "MaskGIT",
     "MaskedDiffusionModel",
     "MaskedTransformer",
     "ModelOutput",
     "OneStepGenerator",
+    "UViTBert",
 ]

@@ -135,6 +135,14 @@ class MaskedDiffusionModel(ImageCodeModel, ABC):
         self.check_taps(taps)
         return self.run(embeddings, condition, taps)
 
+    def compile_blocks(self) -> None:
+        """Compile the repeated blocks, the members of the network's module lists, in place (`torch.compile`)."""
+        for module in self.modules():
+            if isinstance(module, nn.ModuleList):
+                for block in module:
+                    if not isinstance(block, nn.ModuleList):
+                        block.compile()
+
     def check_taps(self, taps: Sequence[int], *, key: str = "taps") -> None:
         """Refuse taps that are no layers.
 

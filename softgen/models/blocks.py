@@ -179,3 +179,22 @@ def reset_transformer(blocks: nn.ModuleList, head: nn.Linear) -> None:
             nn.init.zeros_(linear.bias)
     nn.init.normal_(head.weight, std=0.02)
     nn.init.zeros_(head.bias)
+
+
+@torch.no_grad()
+def embed_codebook(table: nn.Embedding, codebook: Tensor, *, generator: torch.Generator) -> None:
+    """Start token embeddings as one random projection of the code vectors, of mean 0 and unit scale.
+
+    Near codes then look alike from the first step. With random rows a model must learn each code by itself, and of many
+    codes it sees each too seldom.
+
+    Args:
+        table: Its first K rows are replaced.
+        codebook: (K, D).
+        generator: Of the projection, on the CPU.
+    """
+    vectors = codebook.float()
+    vectors = vectors - vectors.mean(dim=0)
+    projection = torch.randn(vectors.shape[1], table.embedding_dim, generator=generator)
+    rows = vectors @ projection.to(vectors.device)
+    table.weight[: len(rows)] = (rows / rows.std()).to(table.weight)

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from softgen.bits import check_groups, code_bits
+from softgen.categorical import check_token_range
 from softgen.checkpoints import build, read_checkpoint
-from softgen.models.base import MaskedDiffusionModel, ModelOutput, check_token_range
+from softgen.models.base import MaskedDiffusionModel, ModelOutput
 from softgen.models.conditions import ClassCondition, Condition
 from softgen.relaxation import expected_embedding
 
@@ -37,10 +38,8 @@ class _Residual(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.prenorm:
-            return x + self.dropout(self.sublayer(self.norm(x)))
-        out: Tensor = self.norm(x + self.dropout(self.sublayer(x)))
-        return out
+        added: Tensor = x + self.dropout(self.sublayer(self.norm(x) if self.prenorm else x))
+        return added if self.prenorm else self.norm(added)
 
 
 class _Attention(_Residual):

@@ -87,6 +87,11 @@ class Stage(LightningModule, ABC):
         """The frozen module of that name, None if there is none."""
         return self._frozen.get(name)
 
+    @property
+    def frozen_modules(self) -> Mapping[str, nn.Module]:
+        """Everything that is held frozen, by name."""
+        return dict(self._frozen)
+
     def _apply(self: S, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> S:  # noqa: FBT001, FBT002
         for module in self._frozen.values():
             module._apply(fn)  # type: ignore[no-untyped-call]

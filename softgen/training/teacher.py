@@ -14,7 +14,9 @@ from softgen.loading import check_compatible, load_tokenizer
 from softgen.masking import MaskLaw, draw_mask_ratio, exact_mask, mask_counts
 from softgen.models.autoregressive import AutoregressiveTransformer
 from softgen.models.base import LinearHead, MaskedDiffusionModel
+from softgen.models.blocks import embed_codebook
 from softgen.models.conditions import Condition
+from softgen.models.transformer import MaskedTransformer
 from softgen.pretrained import Pretrained
 from softgen.random import SampleRandom, derive_seed
 from softgen.relaxation import DENSE_LIMIT, Distance, Impl, NeighbourTable, auto_two_tau_squared, neighbour_entropy
@@ -53,6 +55,8 @@ class TeacherTraining(Stage):
             the table's q, 2 tau^2 and distance, at the cost of hard targets.
         weighting: `uniform` over masked sites, or `elbo`: 1/t (SNCE, eq. 15).
         mask_law: Of the mask ratio t.
+        embedding_init: How a native model's token embeddings start: `random`, or `codebook`, a random projection of the
+            tokenizer's code vectors, which large codebooks need.
         label_dropout: Share of samples trained without condition, for guidance; in [0, 1].
         preview_steps: Sampling steps of the preview.
         seed: Seed of all randomness in training.
@@ -71,6 +75,7 @@ class TeacherTraining(Stage):
         neighbour_table: str | NeighbourTable | None = None,
         weighting: Literal["uniform", "elbo"] = "uniform",
         mask_law: MaskLaw = "arccos",
+        embedding_init: Literal["random", "codebook"] = "random",
         label_dropout: float = 0.1,
         preview_steps: int = 8,
         seed: int = 0,
@@ -87,6 +92,16 @@ class TeacherTraining(Stage):
         check_compatible(model, opened, key="model.tokenizer")
         self.hold_frozen("tokenizer", opened)
         self.model = model
+        if embedding_init not in ("random", "codebook"):
+            raise ValueError(f"model.embedding_init: expected random or codebook, got {embedding_init!r}")
+        if embedding_init == "codebook":
+            if not isinstance(model, (MaskedTransformer, AutoregressiveTransformer)):
+                raise ValueError(
+                    f"model.embedding_init: expected random for a {type(model).__name__}, whose embedding is its own, "
+                    "got codebook"
+                )
+            generator = torch.Generator().manual_seed(derive_seed(seed, "embedding"))
+            embed_codebook(model.token_embedding, opened.codebook, generator=generator)
         self.target = target
         self.label_smoothing = label_smoothing if target == "label_smoothing" else 0.0
         self.two_tau_squared = two_tau_squared

@@ -204,3 +204,25 @@ def test_auto_two_tau_squared_from_stored_tokens(
     assert isinstance(stage.two_tau_squared, float)
     assert 3.5 * between.min().item() <= stage.two_tau_squared <= 3.5 * between.max().item() + 1e-6
     assert "perplexity of q: median" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("build", [_stage, _autoregressive])
+def test_embeddings_can_start_from_the_codebook(
+    tokenizer: ConvVQTokenizer, build: Callable[..., TeacherTraining]
+) -> None:
+    table = build(tokenizer, embedding_init="codebook").model.token_embedding.weight  # type: ignore[union-attr]
+    assert isinstance(table, Tensor)
+    rows = table[:12].detach()
+    torch.testing.assert_close(rows.mean(0), torch.zeros(16), rtol=0, atol=1e-5)
+    assert rows.std().item() == pytest.approx(1, abs=1e-4)
+    # A projection of the centred codes: what is in their span, no more.
+    centred = tokenizer.codebook - tokenizer.codebook.mean(0)
+    solution = torch.linalg.lstsq(centred, rows).solution
+    torch.testing.assert_close(centred @ solution, rows, rtol=1e-3, atol=1e-3)
+    again = build(tokenizer, embedding_init="codebook").model.token_embedding.weight  # type: ignore[union-attr]
+    assert torch.equal(again[:12], rows)  # type: ignore[index]
+
+
+def test_the_start_of_embeddings_is_checked(tokenizer: ConvVQTokenizer) -> None:
+    with pytest.raises(ValueError, match=r"^model.embedding_init: expected random or codebook, got 'zeros'$"):
+        _stage(tokenizer, embedding_init="zeros")
