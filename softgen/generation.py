@@ -12,7 +12,7 @@ from softgen.models.autoregressive import AutoregressiveTransformer
 from softgen.models.base import MaskedDiffusionModel
 from softgen.models.generator import OneStepGenerator
 from softgen.random import SampleRandom, derive_seed
-from softgen.sampling import AutoregressiveSampler, HaltonSampler, MaskGITSampler
+from softgen.sampling import AutoregressiveSampler, Sampler
 from softgen.tokenizers.base import ImageTokenizer
 
 TokenSource = Callable[[Tensor, SampleRandom], Tensor]
@@ -27,7 +27,7 @@ class Generated:
     seconds: float
 
 
-def teacher_tokens(model: MaskedDiffusionModel, sampler: MaskGITSampler | HaltonSampler) -> TokenSource:
+def teacher_tokens(model: MaskedDiffusionModel, sampler: Sampler) -> TokenSource:
     """Tokens of a masked diffusion model, by a multi-step sampler."""
     return lambda labels, noise: sampler(model, model.encode(labels), noise)
 

@@ -4,7 +4,7 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -26,7 +26,8 @@ from softgen.models.autoregressive import AutoregressiveTransformer
 from softgen.models.base import ImageCodeModel, MaskedDiffusionModel
 from softgen.models.generator import OneStepGenerator
 from softgen.pretrained import Pretrained
-from softgen.sampling import AutoregressiveSampler, HaltonSampler, MaskGITSampler, reveal_counts
+from softgen.samplers import published_sampler
+from softgen.sampling import AutoregressiveSampler, HaltonSampler, MaskGITSampler, Sampler, reveal_counts
 
 PROGRAM = "softgen.sample"
 
@@ -38,7 +39,7 @@ def sample(
     out: str = "samples",
     n: int = 80,
     labels: list[int] | None = None,
-    sampler: Literal["maskgit", "halton"] = "maskgit",
+    sampler: Literal["maskgit", "halton", "published"] = "maskgit",
     steps: int = 8,
     schedule: Schedule = "arccos",
     guidance: float = 1.0,
@@ -59,7 +60,8 @@ def sample(
         out: Folder to write to.
         n: Number of images.
         labels: Classes to go round; by default all.
-        sampler: `maskgit` reveals the most confident sites first, `halton` spreads them over the image.
+        sampler: `maskgit` reveals the most confident sites first, `halton` spreads them over the image; `published` is
+            that of a published model's authors at their settings, which takes none of the options below.
         steps: Passes of a multi-step sampler.
         schedule: Sites left masked over time.
         guidance: Scale of classifier-free guidance; 1 is off.
@@ -89,18 +91,16 @@ def sample(
     else:
         assert isinstance(backbone, MaskedDiffusionModel)
         check_guidance(backbone, guidance)
-        reveal_counts(schedule, num_sites=backbone.num_sites, steps=steps)
-        chosen = (
-            MaskGITSampler(
-                steps=steps,
-                schedule=schedule,
-                guidance=guidance,
-                confidence_noise=confidence_noise,
-                temperature=temperature,
+        if sampler == "published":
+            chosen: Sampler = published_sampler(backbone)
+        else:
+            reveal_counts(schedule, num_sites=backbone.num_sites, steps=steps)
+            common: dict[str, Any] = {"steps": steps, "schedule": schedule, "guidance": guidance}
+            chosen = (
+                MaskGITSampler(**common, temperature=temperature, confidence_noise=confidence_noise)
+                if sampler == "maskgit"
+                else HaltonSampler(**common, temperature=temperature)
             )
-            if sampler == "maskgit"
-            else HaltonSampler(steps=steps, schedule=schedule, guidance=guidance, temperature=temperature)
-        )
         tokens_of = teacher_tokens(backbone, chosen)
     wanted = wanted_labels(labels, n=n, num_classes=backbone.num_classes)
     check_writable(Path(out))

@@ -5,7 +5,7 @@ Shape legend: B batch, N sites, K codes, L token positions.
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +17,14 @@ from softgen.models.autoregressive import AutoregressiveTransformer
 from softgen.models.base import MaskedDiffusionModel
 from softgen.models.conditions import Condition
 from softgen.relaxation import gumbel_noise
+
+
+class Sampler(Protocol):
+    """What draws tokens from a masked diffusion model."""
+
+    def __call__(self, model: MaskedDiffusionModel, condition: Condition, noise: UniformSource) -> Tensor:
+        """Tokens (B, N) for the B conditions."""
+        ...
 
 
 def reveal_counts(schedule: Schedule, *, num_sites: int, steps: int) -> list[int]:

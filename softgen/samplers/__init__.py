@@ -1,7 +1,33 @@
 """Samplers as the authors of published models wrote them, one file a family; the general ones are in sampling.py."""
 
+from softgen.models.base import MaskedDiffusionModel
+from softgen.models.maskbit import MaskBit
+from softgen.models.maskgit import MaskGIT
+from softgen.models.titok_generators import ImageBert, UViTBert
 from softgen.samplers.maskbit import MaskBitSampler
 from softgen.samplers.maskgit import PublishedMaskGITSampler
 from softgen.samplers.titok import TiTokSampler
+from softgen.sampling import Sampler
 
-__all__ = ["MaskBitSampler", "PublishedMaskGITSampler", "TiTokSampler"]
+__all__ = ["MaskBitSampler", "PublishedMaskGITSampler", "TiTokSampler", "published_sampler"]
+
+
+def published_sampler(model: MaskedDiffusionModel, *, key: str = "sampler") -> Sampler:
+    """The sampler of a model's family at the settings that the published checkpoint of its size was measured with.
+
+    Raises:
+        ValueError: If none were published for it.
+    """
+    if isinstance(model, MaskGIT):
+        if model.config["img_size"] == 512:
+            return PublishedMaskGITSampler(steps=15, guidance=2.8, confidence_noise=7.0)
+        return PublishedMaskGITSampler()
+    if isinstance(model, MaskBit):
+        return MaskBitSampler.published(model.config["bits"])
+    if isinstance(model, ImageBert):
+        if model.num_sites == 64:
+            return TiTokSampler(guidance=3.0, randomize_temperature=11.0)
+        return TiTokSampler()
+    if isinstance(model, UViTBert):
+        return TiTokSampler(steps=64, guidance=6.9, guidance_decay="power-cosine", randomize_temperature=2.8)
+    raise ValueError(f"{key}: expected maskgit or halton, since no sampler was published for a {type(model).__name__}")

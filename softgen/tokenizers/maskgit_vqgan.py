@@ -12,37 +12,8 @@ from torch.nn import functional as F
 
 from softgen.categorical import check_token_range
 from softgen.checkpoints import build, read_checkpoint
-from softgen.relaxation import full_precision, widen
 from softgen.tokenizers.base import ImageTokenizer
-
-
-def group_norm(channels: int) -> nn.GroupNorm:
-    """32 groups, eps 1e-6."""
-    return nn.GroupNorm(32, channels, eps=1e-6)
-
-
-class OutputShortcutBlock(nn.Module):
-    """A residual block whose published shortcut, where channels change, takes the block's own output.
-
-    Args:
-        before: Channels in.
-        after: Channels out.
-    """
-
-    def __init__(self, before: int, after: int) -> None:
-        super().__init__()
-        self.norm1 = group_norm(before)
-        self.conv1 = nn.Conv2d(before, after, 3, padding=1, bias=False)
-        self.norm2 = group_norm(after)
-        self.conv2 = nn.Conv2d(after, after, 3, padding=1, bias=False)
-        if before != after:
-            self.nin_shortcut = nn.Conv2d(after, after, 1, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, before, h, w) to (B, after, h, w)."""
-        h: Tensor = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
-        return h + (self.nin_shortcut(h) if hasattr(self, "nin_shortcut") else x)
+from softgen.tokenizers.parts import CodeTable, OutputShortcutBlock, group_norm, nearest_code, without_clash
 
 
 def _blocks(before: int, after: int, *, count: int) -> nn.ModuleList:
@@ -127,19 +98,6 @@ class PixelDecoder(nn.Module):
         return out
 
 
-class CodeTable(nn.Module):
-    """A table of code vectors under the name that published checkpoints give it.
-
-    Args:
-        codes: V.
-        dim: D.
-    """
-
-    def __init__(self, codes: int, dim: int) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(codes, dim)
-
-
 class MaskGITVQGAN(ImageTokenizer):
     """A convolutional tokenizer without attention. The defaults are those of the ImageNet model f16-256.
 
@@ -222,10 +180,7 @@ class MaskGITVQGAN(ImageTokenizer):
             ValueError: If the file is missing or of another family.
         """
         names = ("maskgit-vqgan-imagenet-f16-256.bin", "model.safetensors", "pytorch_model.bin")
-        state = {
-            name.replace("quantize.", "quantizer.", 1): x
-            for name, x in read_checkpoint(source, key=key, names=names).items()
-        }
+        state = without_clash(read_checkpoint(source, key=key, names=names))
         arguments = {**pixel_decoder_sizes(state, prefix="decoder."), "image_size": image_size}
         if "quantizer.embedding.weight" in state:
             arguments["codebook_size"] = state["quantizer.embedding.weight"].shape[0]
@@ -260,13 +215,6 @@ class MaskGITVQGAN(ImageTokenizer):
     def decode_embeddings(self, embeddings: Tensor) -> Tensor:
         """See the base class."""
         return self.decode_raw(embeddings).clamp(0, 1)
-
-
-def nearest_code(latents: Tensor, codebook: Tensor) -> Tensor:
-    """Nearest rows of a codebook (V, D) to latents (..., D) by squared distance, the first of equals; (...) int64."""
-    with full_precision(latents):
-        z, codes = widen(latents), widen(codebook)
-        return (codes.square().sum(dim=-1) - 2 * (z @ codes.T)).argmin(dim=-1)
 
 
 def pixel_decoder_sizes(state: Mapping[str, Tensor], *, prefix: str) -> dict[str, object]:

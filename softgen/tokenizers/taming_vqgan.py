@@ -12,22 +12,18 @@ from torch.nn import functional as F
 
 from softgen.categorical import check_token_range
 from softgen.checkpoints import build, read_checkpoint
-from softgen.relaxation import full_precision, widen
 from softgen.tokenizers.base import ImageTokenizer
+from softgen.tokenizers.parts import CodeTable, group_norm, nearest_code, without_clash
 
 _RESOLUTION = 256  # that levels are named by
-
-
-def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(32, channels, eps=1e-6)
 
 
 class _ResnetBlock(nn.Module):
     def __init__(self, before: int, after: int, *, dropout: float) -> None:
         super().__init__()
-        self.norm1 = _norm(before)
+        self.norm1 = group_norm(before)
         self.conv1 = nn.Conv2d(before, after, 3, padding=1)
-        self.norm2 = _norm(after)
+        self.norm2 = group_norm(after)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(after, after, 3, padding=1)
         if before != after:
@@ -44,7 +40,7 @@ class _AttnBlock(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.norm = _norm(channels)
+        self.norm = group_norm(channels)
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -136,7 +132,7 @@ class _Encoder(nn.Module):
                 down.downsample = _Downsample(width, with_conv=with_conv)
             self.down.append(down)
         self.mid = _Middle(widths[-1], dropout=dropout)
-        self.norm_out = _norm(widths[-1])
+        self.norm_out = group_norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], z_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -173,7 +169,7 @@ class _Decoder(nn.Module):
             if level:
                 up.upsample = _Upsample(width, with_conv=with_conv)
             self.up.append(up)
-        self.norm_out = _norm(widths[0])
+        self.norm_out = group_norm(widths[0])
         self.conv_out = nn.Conv2d(widths[0], out_ch, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -182,12 +178,6 @@ class _Decoder(nn.Module):
             x = level(x)
         out: Tensor = self.conv_out(F.silu(self.norm_out(x)))
         return out
-
-
-class _Codebook(nn.Module):
-    def __init__(self, codes: int, dim: int) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(codes, dim)
 
 
 class TamingVQGAN(ImageTokenizer):
@@ -275,7 +265,7 @@ class TamingVQGAN(ImageTokenizer):
             dropout=dropout,
             with_conv=resamp_with_conv,
         )
-        self.quantizer = _Codebook(n_embed, embed_dim)
+        self.quantizer = CodeTable(n_embed, embed_dim)
         self.quant_conv = nn.Conv2d(z_channels, embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, 1)
 
@@ -300,8 +290,9 @@ class TamingVQGAN(ImageTokenizer):
         Raises:
             ValueError: If the file is missing or of another family.
         """
-        state = read_checkpoint(source, key=key, names=("last.ckpt", "model.safetensors", "pytorch_model.bin"))
-        state = {_renamed(name): value for name, value in state.items()}
+        state = without_clash(
+            read_checkpoint(source, key=key, names=("last.ckpt", "model.safetensors", "pytorch_model.bin"))
+        )
         arguments = _sizes(state)
         return build(cls, {**arguments, "image_size": image_size}, state, key=key, dropped=("loss.",), dtype=dtype)
 
@@ -318,9 +309,7 @@ class TamingVQGAN(ImageTokenizer):
 
     def quantize(self, latents: Tensor) -> Tensor:
         """See the base class; the first of equals."""
-        with full_precision(latents):
-            z, codes = widen(latents), widen(self.codebook)
-            return (codes.square().sum(dim=-1) - 2 * (z @ codes.T)).argmin(dim=-1)
+        return nearest_code(latents, self.codebook)
 
     def decode(self, tokens: Tensor) -> Tensor:
         """See the base class."""
@@ -337,11 +326,6 @@ class TamingVQGAN(ImageTokenizer):
     def decode_embeddings(self, embeddings: Tensor) -> Tensor:
         """See the base class."""
         return (self.decode_raw(embeddings) / 2 + 0.5).clamp(0, 1)
-
-
-def _renamed(name: str) -> str:
-    """`quantize` is what a tokenizer does."""
-    return name.replace("quantize.", "quantizer.", 1) if name.startswith("quantize.") else name
 
 
 def _sizes(state: dict[str, Tensor]) -> dict[str, object]:

@@ -19,7 +19,8 @@ from softgen.categorical import check_token_range
 from softgen.checkpoints import build, read_checkpoint
 from softgen.relaxation import expected_embedding, probabilities, widen
 from softgen.tokenizers.base import ImageTokenizer
-from softgen.tokenizers.maskgit_vqgan import CodeTable, PixelDecoder, nearest_code, pixel_decoder_sizes
+from softgen.tokenizers.maskgit_vqgan import PixelDecoder, pixel_decoder_sizes
+from softgen.tokenizers.parts import CodeTable, nearest_code, without_clash
 
 
 class _Attention(nn.MultiheadAttention):
@@ -280,7 +281,7 @@ class TiTok(ImageTokenizer):
         Raises:
             ValueError: If the file is missing or of another family.
         """
-        state = {_renamed(name): value for name, value in read_checkpoint(source, key=key).items()}
+        state = without_clash(read_checkpoint(source, key=key))
         arguments = _sizes(state, encoder_heads=encoder_heads, decoder_heads=decoder_heads)
         if use_l2_norm is not None:
             arguments["use_l2_norm"] = use_l2_norm
@@ -343,11 +344,6 @@ class TiTok(ImageTokenizer):
     def decode_embeddings(self, embeddings: Tensor) -> Tensor:
         """See the base class."""
         return self.decode_raw(embeddings).clamp(0, 1)
-
-
-def _renamed(name: str) -> str:
-    """`quantize` is what a tokenizer does."""
-    return name.replace("quantize.", "quantizer.", 1) if name.startswith("quantize.") else name
 
 
 def _sizes(state: Mapping[str, Tensor], *, encoder_heads: int | None, decoder_heads: int | None) -> dict[str, Any]:

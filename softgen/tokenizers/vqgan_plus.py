@@ -13,32 +13,16 @@ from torch.nn import functional as F
 
 from softgen.categorical import check_token_range
 from softgen.checkpoints import build, read_checkpoint
-from softgen.relaxation import expected_embedding, full_precision, widen
+from softgen.relaxation import expected_embedding, widen
 from softgen.tokenizers.base import ImageTokenizer
-
-_GROUPS = 32
-
-
-def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(_GROUPS, channels, eps=1e-6)
-
-
-class _ResidualBlock(nn.Module):
-    """Where the channels change, the published shortcut takes the block's own output and not its input."""
-
-    def __init__(self, before: int, after: int) -> None:
-        super().__init__()
-        self.norm1 = _norm(before)
-        self.conv1 = nn.Conv2d(before, after, 3, padding=1, bias=False)
-        self.norm2 = _norm(after)
-        self.conv2 = nn.Conv2d(after, after, 3, padding=1, bias=False)
-        if before != after:
-            self.nin_shortcut = nn.Conv2d(after, after, 1, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h: Tensor = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
-        return h + (self.nin_shortcut(h) if hasattr(self, "nin_shortcut") else x)
+from softgen.tokenizers.parts import (
+    NORM_GROUPS,
+    CodeTable,
+    OutputShortcutBlock,
+    group_norm,
+    nearest_code,
+    without_clash,
+)
 
 
 class _Blocks(nn.Module):
@@ -46,7 +30,9 @@ class _Blocks(nn.Module):
 
     def __init__(self, before: int, after: int, *, count: int) -> None:
         super().__init__()
-        self.res_blocks = nn.ModuleList(_ResidualBlock(after if index else before, after) for index in range(count))
+        self.res_blocks = nn.ModuleList(
+            OutputShortcutBlock(after if index else before, after) for index in range(count)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.res_blocks:
@@ -94,7 +80,7 @@ class _Encoder(nn.Module):
             for level, width in enumerate(widths)
         )
         self.mid = _Blocks(widths[-1], widths[-1], count=blocks)
-        self.norm_out = _norm(widths[-1])
+        self.norm_out = group_norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], dim, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -116,7 +102,7 @@ class _Decoder(nn.Module):
         before = [*widths[1:], widths[-1]]
         levels = [_Up(before[level], width, count=blocks, last=level == 0) for level, width in enumerate(widths)]
         self.up = nn.ModuleList(levels if legacy else reversed(levels))
-        self.norm_out = _norm(widths[0])
+        self.norm_out = group_norm(widths[0])
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -166,8 +152,10 @@ class ConvAutoencoder(ImageTokenizer):
             raise ValueError(f"tokenizer.image_size: expected a multiple of {factor}, got {image_size}")
         widths = [hidden_channels * multiple for multiple in channel_mult]
         for width in (hidden_channels, *widths):
-            if width < 1 or width % _GROUPS:
-                raise ValueError(f"tokenizer.hidden_channels: expected levels of a multiple of {_GROUPS}, got {width}")
+            if width < 1 or width % NORM_GROUPS:
+                raise ValueError(
+                    f"tokenizer.hidden_channels: expected levels of a multiple of {NORM_GROUPS}, got {width}"
+                )
         self.config = {
             "image_size": image_size,
             "hidden_channels": hidden_channels,
@@ -260,7 +248,7 @@ class VQGANPlusTokenizer(ConvAutoencoder):
         }
         self.num_sites, self.num_codes, self.code_dim = self.grid**2, codebook_size, token_size
         self.unit = use_l2_normalisation
-        self.quantizer = _Codebook(codebook_size, token_size)
+        self.quantizer = CodeTable(codebook_size, token_size)
 
     @classmethod
     def from_checkpoint(
@@ -278,7 +266,7 @@ class VQGANPlusTokenizer(ConvAutoencoder):
         Raises:
             ValueError: If the file is missing or of another family, or the options contradict it.
         """
-        state = {_renamed(name): value for name, value in read_checkpoint(source, key=key).items()}
+        state = without_clash(read_checkpoint(source, key=key))
         arguments = autoencoder_sizes(state)
         if "quantizer.embedding.weight" in state:
             arguments["codebook_size"] = state["quantizer.embedding.weight"].shape[0]
@@ -298,25 +286,12 @@ class VQGANPlusTokenizer(ConvAutoencoder):
 
     def quantize(self, latents: Tensor) -> Tensor:
         """See the base class; the first of equals."""
-        with full_precision(latents):
-            codes = widen(self.codebook)
-            return (codes.square().sum(dim=-1) - 2 * (widen(latents) @ codes.T)).argmin(dim=-1)
+        return nearest_code(latents, self.codebook)
 
     def embed_soft(self, probs: Tensor) -> Tensor:
         """See the base class; unit codes are averaged, then normalised."""
         soft = expected_embedding(probs, self.codebook)
         return F.normalize(soft, dim=-1) if self.unit else soft
-
-
-class _Codebook(nn.Module):
-    def __init__(self, codes: int, dim: int) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(codes, dim)
-
-
-def _renamed(name: str) -> str:
-    """`quantize` is what a tokenizer does."""
-    return f"quantizer.{name.removeprefix('quantize.')}" if name.startswith("quantize.") else name
 
 
 def merge_options(arguments: Mapping[str, Any], options: Mapping[str, Any], *, key: str) -> dict[str, Any]:

@@ -1,0 +1,70 @@
+"""Parts that published tokenizers share.
+
+Shape legend: B batch, V codes, D code dimension, h and w of a grid.
+"""
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from softgen.relaxation import full_precision, widen
+
+NORM_GROUPS = 32
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """32 groups, eps 1e-6."""
+    return nn.GroupNorm(NORM_GROUPS, channels, eps=1e-6)
+
+
+class OutputShortcutBlock(nn.Module):
+    """A residual block whose published shortcut, where channels change, takes the block's own output.
+
+    Args:
+        before: Channels in.
+        after: Channels out.
+    """
+
+    def __init__(self, before: int, after: int) -> None:
+        super().__init__()
+        self.norm1 = group_norm(before)
+        self.conv1 = nn.Conv2d(before, after, 3, padding=1, bias=False)
+        self.norm2 = group_norm(after)
+        self.conv2 = nn.Conv2d(after, after, 3, padding=1, bias=False)
+        if before != after:
+            self.nin_shortcut = nn.Conv2d(after, after, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, before, h, w) to (B, after, h, w)."""
+        h: Tensor = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (self.nin_shortcut(h) if hasattr(self, "nin_shortcut") else x)
+
+
+class CodeTable(nn.Module):
+    """A table of code vectors under the name that published checkpoints give it.
+
+    Args:
+        codes: V.
+        dim: D.
+    """
+
+    def __init__(self, codes: int, dim: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(codes, dim)
+
+
+def nearest_code(latents: Tensor, codebook: Tensor) -> Tensor:
+    """Nearest rows of a codebook (V, D) to latents (..., D) by squared distance, the first of equals; (...) int64."""
+    with full_precision(latents):
+        z, codes = widen(latents), widen(codebook)
+        return (codes.square().sum(dim=-1) - 2 * (z @ codes.T)).argmin(dim=-1)
+
+
+def without_clash(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A checkpoint whose module `quantize` is called `quantizer`: to quantise is what a tokenizer does."""
+    return {
+        name.replace("quantize.", "quantizer.", 1) if name.startswith("quantize.") else name: value
+        for name, value in state.items()
+    }
