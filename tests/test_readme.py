@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from softgen import classifier, evaluate, sample
+from softgen import classifier, convert, evaluate, sample
 from softgen.cli import command_parser
 from softgen.fit import StageCLI, main
 from tteo.__main__ import tteo
@@ -26,6 +26,7 @@ SMALL = {
     "softgen.sample": sample.sample,
     "softgen.evaluate": evaluate.evaluate,
     "softgen.classifier": classifier.classifier,
+    "softgen.convert": convert.convert,
     "tteo": tteo,
 }
 
