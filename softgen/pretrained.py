@@ -8,7 +8,7 @@ import shutil
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -72,11 +72,15 @@ class Pretrained(nn.Module):
             ValueError: If the source is missing, truncated, foreign or of another class.
         """
         folder = resolve_folder(source, key=key)
-        module = from_config(read_config(folder, key=key), key=f"{key} ({folder / CONFIG_NAME})")
+        config, config_key = read_config(folder, key=key), f"{key} ({folder / CONFIG_NAME})"
+        module = _from_config_without_memory(config, key=config_key)
         if not isinstance(module, cls):
             raise ValueError(f"{key}: expected a {cls.__name__} in {folder}, got a {type(module).__name__}")
         load_weights(module, folder / WEIGHTS_NAME, key=key)
-        return module.eval()
+        if _is_hollow(module):
+            module = from_config(config, key=config_key)
+            load_weights(module, folder / WEIGHTS_NAME, key=key)
+        return cast(M, module.eval())
 
 
 def to_config(module: Pretrained) -> dict[str, Any]:
@@ -157,7 +161,29 @@ def load_weights(module: nn.Module, path: Path, *, key: str) -> None:
     for name, value in weights.items():
         if value.is_floating_point() and not bool(value.isfinite().all()):
             raise ValueError(f"{key}: expected finite weights in {path}, got NaN or infinity in {name!r}")
-    module.load_state_dict(weights)
+    on_meta = {name for name, value in module.state_dict().items() if value.is_meta}
+    module.load_state_dict(weights, assign=bool(on_meta))
+    for part in module.modules():
+        if on_meta and isinstance(part, Pretrained):
+            part.restore_buffers()
+
+
+def _from_config_without_memory(config: Mapping[str, Any], *, key: str) -> Pretrained:
+    """The module on the meta device, to which the file's tensors are given; as usual where it needs values to begin."""
+    try:
+        with torch.device("meta"):
+            return from_config(config, key=key)
+    except (RuntimeError, NotImplementedError):
+        return from_config(config, key=key)
+
+
+def _is_hollow(module: nn.Module) -> bool:
+    """Whether a module that was built on the meta device still holds a tensor without values, registered or not."""
+    for part in module.modules():
+        held = [*part.parameters(recurse=False), *part.buffers(recurse=False), *vars(part).values()]
+        if any(isinstance(value, torch.Tensor) and value.is_meta for value in held):
+            return True
+    return False
 
 
 def check_keys(expected: Mapping[str, Any], got: Mapping[str, Any], *, key: str) -> None:

@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from softgen.loading import check_compatible, load_generator, load_model, load_tokenizer
 from softgen.models import MaskedTransformer, OneStepGenerator
-from softgen.pretrained import check_keys, fingerprint
+from softgen.pretrained import Pretrained, check_keys, fingerprint
 from softgen.testing import ToyMaskedModel, ToyTokenizer
 
 K, N = 3, 4
@@ -179,3 +180,41 @@ def test_the_fingerprint_sees_every_value_and_nothing_else() -> None:
     with torch.no_grad():
         other.head.bias[0] += 1e-6
     assert fingerprint(one) != fingerprint(other)
+
+
+class Derived(Pretrained):
+    """Holds what no checkpoint does: a buffer outside the state dict, and a plain tensor."""
+
+    ramp: Tensor
+
+    def __init__(self, *, size: int = 3, plain: bool = False) -> None:
+        super().__init__()
+        self.config = {"size": size, "plain": plain}
+        self.weight = nn.Parameter(torch.randn(size))
+        self.held = nn.Parameter(torch.randn(size), requires_grad=False)
+        self.register_buffer("ramp", torch.arange(size), persistent=False)
+        self.steps = torch.arange(size) if plain else None
+
+
+class Restoring(Derived):
+    def restore_buffers(self) -> None:
+        self.ramp = torch.arange(len(self.weight))
+
+
+@pytest.mark.parametrize("cls", [Derived, Restoring])
+@pytest.mark.parametrize("plain", [False, True])
+def test_what_no_checkpoint_holds_is_there_after_opening(cls: type[Derived], plain: bool, tmp_path: Path) -> None:
+    module = cls(plain=plain)
+    module.save_pretrained(tmp_path / "model")
+    opened = cls.from_pretrained(tmp_path / "model")
+    assert torch.equal(opened.ramp, torch.arange(3))
+    assert torch.equal(opened.weight, module.weight)
+    assert (opened.weight.requires_grad, opened.held.requires_grad) == (True, False)
+    assert opened.steps is None or torch.equal(opened.steps, torch.arange(3))
+
+
+def test_opening_draws_no_random_numbers(tmp_path: Path) -> None:
+    Restoring().save_pretrained(tmp_path / "model")
+    before = torch.get_rng_state()
+    Restoring.from_pretrained(tmp_path / "model")
+    assert torch.equal(torch.get_rng_state(), before)
