@@ -130,9 +130,9 @@ def benchmark(
         for seed in its_seeds
         for target in ("hard", "label_smoothing", "snce")
     ]
+    runs.sort(key=lambda run: run.target == "label_smoothing")
     runs += [Run("mdm", "snce", factor, seeds[0]) for factor in factors]
     runs += [Run("mdm", target, factor, seeds[0], "random") for target, factor in (("hard", None), ("snce", 3.5))]
-    runs.sort(key=lambda run: run.seed != seeds[0])
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         started = [pool.submit(_train_and_score, setting, run) for run in runs]
         try:
