@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rewards.base import Reward
-from rewards.clip_loading import load_clip
+from rewards.clip_loading import CLIPParts, load_clip
 from rewards.prompt_features import PromptFeatures
 
 
@@ -23,7 +23,8 @@ class CLIPReward(Reward):
 
     Args:
         model_name: An architecture of open_clip, such as "ViT-B-32"; or "local-dir:FOLDER" or "hf-hub:OWNER/NAME",
-            which bring their weights.
+            which bring their weights; or "transformers:FOLDER" or "transformers:OWNER/NAME" for a checkpoint of
+            transformers' `CLIPModel`.
         pretrained: Where the weights are: a file (.safetensors, or what `torch.load(weights_only=True)` reads), a
             folder with one such file, or a tag of open_clip, which is downloaded. "random" leaves the model untrained.
         scale: What the cosine is multiplied by: a number above 0, or "model" for the model's own logit scale, which is
@@ -49,10 +50,21 @@ class CLIPReward(Reward):
         class_names: Sequence[str] | None = None,
         name: str = "clip",
     ) -> None:
-        super().__init__(name=name, class_names=class_names)
+        parts = load_clip(model_name, pretrained=pretrained, quick_gelu=quick_gelu)
+        self._begin(parts, scale=scale, class_names=class_names, name=name)
+
+    def _begin(
+        self,
+        parts: CLIPParts,
+        *,
+        scale: float | Literal["model"],
+        class_names: Sequence[str] | None,
+        name: str,
+    ) -> None:
+        """What every reward on a CLIP model starts with."""
+        Reward.__init__(self, name=name, class_names=class_names)
         if scale != "model" and not (isinstance(scale, int | float) and math.isfinite(scale) and scale > 0):
             raise ValueError(f"scale: expected a finite number above 0 or 'model', got {scale!r}")
-        parts = load_clip(model_name, pretrained=pretrained, quick_gelu=quick_gelu)
         self.model = parts.model
         self.preprocessing = parts.preprocessing
         self.prompt_features = PromptFeatures(parts.model, tokenizer=parts.tokenizer, name=name)
@@ -69,9 +81,11 @@ class CLIPReward(Reward):
         Raises:
             ValueError: A prompt is empty.
         """
-        text = self.prompt_features(prompts, device=images.device)
-        pixels = self.preprocessing(images).to(next(self.model.visual.parameters()).dtype)
-        features = self.model.encode_image(pixels)
+        return self.score(self.preprocessing(images), self.prompt_features(prompts, device=images.device))
+
+    def score(self, pixels: Tensor, text: Tensor) -> Tensor:
+        """Scores (B,) of preprocessed images (B, 3, S, S) and unit text features (B, D)."""
+        features = self.model.encode_image(pixels.to(next(self.model.visual.parameters()).dtype))
         features = F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
         scale = self.model.logit_scale.exp() if self.scale == "model" else self.scale
         return (features * text).sum(dim=-1) * scale

@@ -11,6 +11,7 @@ from rewards.errors import one_line
 from rewards.preprocessing import Preprocessing
 
 RANDOM = "random"
+_TRANSFORMERS = "transformers:"
 _SCHEMAS = ("hf-hub:", "local-dir:")
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 
@@ -35,7 +36,7 @@ def load_clip(model_name: str, *, pretrained: str | Path | None, quick_gelu: boo
 
     Args:
         model_name: An architecture of open_clip, such as "ViT-B-32"; or "local-dir:FOLDER" or "hf-hub:OWNER/NAME",
-            which bring their weights.
+            which bring their weights; or "transformers:SOURCE", see `load_transformers_clip`.
         pretrained: A file of weights, a folder with one such file, or a tag of open_clip, which is downloaded; "random"
             for untrained weights. None where `model_name` brings the weights.
         quick_gelu: Use the activation of OpenAI's own weights. A tag knows this by itself.
@@ -44,6 +45,12 @@ def load_clip(model_name: str, *, pretrained: str | Path | None, quick_gelu: boo
         ImportError: open_clip is not installed, or transformers, which the model's text tower or tokenizer needs.
         ValueError: An unknown model, tag or file, or weights that cannot be loaded or do not fit.
     """
+    if model_name.startswith(_TRANSFORMERS):
+        if pretrained is not None:
+            raise ValueError(
+                f"pretrained: expected none beside {model_name!r}, which brings its weights, got '{pretrained}'"
+            )
+        return load_transformers_clip(model_name.removeprefix(_TRANSFORMERS))
     open_clip = _open_clip()
     brings_weights = model_name.startswith(_SCHEMAS)
     if brings_weights and pretrained is not None:
@@ -66,6 +73,40 @@ def load_clip(model_name: str, *, pretrained: str | Path | None, quick_gelu: boo
     except Exception as error:  # open_clip, torch and the hub each have errors of their own
         raise _in_one_line(error, model_name=model_name, pretrained=pretrained) from error
     return CLIPParts(model, tokenizer, _preprocessing(open_clip.get_model_preprocess_cfg(model), model_name))
+
+
+def load_transformers_clip(source: str, *, processor: str | None = None) -> CLIPParts:
+    """Open a `CLIPModel` of transformers.
+
+    Args:
+        source: A folder or a hub id.
+        processor: Where tokenizer and image processor are; by default beside the model. A folder without
+            preprocessor_config.json stands for OpenAI's preprocessing at the model's size.
+
+    Raises:
+        ImportError: transformers is not installed.
+        ValueError: What is there cannot be opened.
+    """
+    from rewards.transformers_clip import (
+        TransformersCLIP,
+        TransformersTokenizer,
+        image_preprocessing,
+        import_transformers,
+    )
+
+    transformers, beside = import_transformers(), processor or source
+    try:
+        model = transformers.CLIPModel.from_pretrained(source, weights_only=True)
+        config, images = model.config, None
+        if not (Path(beside).is_dir() and not (Path(beside) / "preprocessor_config.json").is_file()):
+            images = transformers.AutoImageProcessor.from_pretrained(beside)
+    except Exception as error:  # transformers, torch and the hub each have errors of their own
+        raise ValueError(f"reward clip: expected to open '{source}', got an error ({one_line(error)})") from error
+    return CLIPParts(
+        TransformersCLIP(model),
+        TransformersTokenizer(beside, context_length=config.text_config.max_position_embeddings),
+        image_preprocessing(images, size=config.vision_config.image_size),
+    )
 
 
 def _in_one_line(error: Exception, *, model_name: str, pretrained: str | Path | None) -> Exception:

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 _HALF_LEVEL = 0.5 / 255
+OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
+OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclass(frozen=True)
@@ -25,14 +27,16 @@ class Preprocessing:
         std: Of each channel, divided by.
         interpolation: The filter.
         resize_mode: "shortest" scales the shorter edge to the size and cuts out the centre; "squash" scales both edges
-            and keeps no aspect ratio.
+            and keeps no aspect ratio; "longest" scales the longer edge to the size and pads the shorter one with black.
+        crop: Where the centre of an odd margin lies: "round" as torchvision has it, "floor" as transformers.
     """
 
     size: tuple[int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
-    resize_mode: Literal["shortest", "squash"] = "shortest"
+    resize_mode: Literal["shortest", "squash", "longest"] = "shortest"
+    crop: Literal["round", "floor"] = "round"
 
     def __call__(self, images: Tensor) -> Tensor:
         """Map images (B, 3, H, W) in [0, 1] to (B, 3, *size), normalised, in float32 or better."""
@@ -43,7 +47,14 @@ class Preprocessing:
         for size in ([images.shape[-2], width], [height, width]):
             images = functional.resize(images, size, InterpolationMode(self.interpolation), antialias=True)
             images = images.clamp(-_HALF_LEVEL, 1 + _HALF_LEVEL)
-        if self.resize_mode == "shortest":
+        if self.resize_mode == "longest":
+            spare_height, spare_width = self.size[0] - height, self.size[1] - width
+            top, left = spare_height // 2, spare_width // 2
+            images = functional.pad(images, [left, top, spare_width - left, spare_height - top])
+        elif self.resize_mode == "shortest" and self.crop == "floor":
+            top, left = (height - self.size[0]) // 2, (width - self.size[1]) // 2
+            images = images[..., top : top + self.size[0], left : left + self.size[1]]
+        elif self.resize_mode == "shortest":
             images = functional.center_crop(images, list(self.size))
         mean, std = (images.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
         return (images - mean) / std
@@ -53,6 +64,9 @@ class Preprocessing:
         target_height, target_width = self.size
         if self.resize_mode == "squash":
             return target_height, target_width
+        if self.resize_mode == "longest":
+            scale = min(target_height / height, target_width / width)
+            return round(height * scale), round(width * scale)
         if target_height == target_width:
             side, short = target_height, min(height, width)
             return int(side * height / short), int(side * width / short)

@@ -5,6 +5,10 @@ import importlib
 from tests.parity.fixture import Family
 
 _MODULES: dict[str, str] = {
+    "hpsv2": "rewards",
+    "imagereward": "rewards",
+    "laion_aesthetic": "rewards",
+    "pickscore_clip": "rewards",
     "imagebert": "titok_generators",
     "uvitbert": "titok_generators",
     "maskgit": "maskgit",

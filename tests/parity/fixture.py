@@ -83,7 +83,7 @@ class Report:
             self.failed.append(name)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def compare(fixture: Fixture, family: Family) -> Report:
     """Compare everything the family yields with what the folder expects."""
     report, seen = Report(), set()
