@@ -4,20 +4,30 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from rewards.aesthetic import AestheticReward
     from rewards.base import Reward
     from rewards.classifier import ClassifierReward
     from rewards.clip import CLIPReward
     from rewards.composite import CompositeReward, Normalisation
     from rewards.conditions import Conditions
+    from rewards.hpsv2 import HPSv2Reward
+    from rewards.hpsv3 import HPSv3Reward
+    from rewards.imagereward import ImageRewardReward
+    from rewards.pickscore import PickScoreReward
     from rewards.probe import check_reward
     from rewards.registry import available, build
 
 __all__ = [
+    "AestheticReward",
     "CLIPReward",
     "ClassifierReward",
     "CompositeReward",
     "Conditions",
+    "HPSv2Reward",
+    "HPSv3Reward",
+    "ImageRewardReward",
     "Normalisation",
+    "PickScoreReward",
     "Reward",
     "available",
     "build",
@@ -25,11 +35,16 @@ __all__ = [
 ]
 
 _HOMES = {
+    "AestheticReward": "aesthetic",
     "CLIPReward": "clip",
     "ClassifierReward": "classifier",
     "CompositeReward": "composite",
     "Conditions": "conditions",
+    "HPSv2Reward": "hpsv2",
+    "HPSv3Reward": "hpsv3",
+    "ImageRewardReward": "imagereward",
     "Normalisation": "composite",
+    "PickScoreReward": "pickscore",
     "Reward": "base",
     "available": "registry",
     "build": "registry",

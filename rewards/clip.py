@@ -50,6 +50,7 @@ class CLIPReward(Reward):
         class_names: Sequence[str] | None = None,
         name: str = "clip",
     ) -> None:
+        _check_scale(scale)
         parts = load_clip(model_name, pretrained=pretrained, quick_gelu=quick_gelu)
         self._begin(parts, scale=scale, class_names=class_names, name=name)
 
@@ -63,8 +64,6 @@ class CLIPReward(Reward):
     ) -> None:
         """What every reward on a CLIP model starts with."""
         Reward.__init__(self, name=name, class_names=class_names)
-        if scale != "model" and not (isinstance(scale, int | float) and math.isfinite(scale) and scale > 0):
-            raise ValueError(f"scale: expected a finite number above 0 or 'model', got {scale!r}")
         self.model = parts.model
         self.preprocessing = parts.preprocessing
         self.prompt_features = PromptFeatures(parts.model, tokenizer=parts.tokenizer, name=name)
@@ -89,3 +88,8 @@ class CLIPReward(Reward):
         features = F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
         scale = self.model.logit_scale.exp() if self.scale == "model" else self.scale
         return (features * text).sum(dim=-1) * scale
+
+
+def _check_scale(scale: object) -> None:
+    if scale != "model" and not (isinstance(scale, int | float) and math.isfinite(scale) and scale > 0):
+        raise ValueError(f"scale: expected a finite number above 0 or 'model', got {scale!r}")

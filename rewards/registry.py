@@ -12,7 +12,15 @@ if TYPE_CHECKING:
     from rewards.base import Reward
 
 GROUP = "softgen.rewards"
-BUILT_IN = {"classifier": "rewards.classifier:ClassifierReward", "clip": "rewards.clip:CLIPReward"}
+BUILT_IN = {
+    "aesthetic": "rewards.aesthetic:AestheticReward",
+    "classifier": "rewards.classifier:ClassifierReward",
+    "clip": "rewards.clip:CLIPReward",
+    "hpsv2": "rewards.hpsv2:HPSv2Reward",
+    "hpsv3": "rewards.hpsv3:HPSv3Reward",
+    "imagereward": "rewards.imagereward:ImageRewardReward",
+    "pickscore": "rewards.pickscore:PickScoreReward",
+}
 
 
 def available() -> dict[str, str]:

@@ -6,14 +6,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from softgen import load_generator, load_model, load_tokenizer
-from softgen.checkpoints import build, converting, read_checkpoint
+from softgen.checkpoints import build, converting, published_families, read_checkpoint
 from softgen.convert import main as convert
-from softgen.models import MaskGIT
+from softgen.models import ImageBert, MaskBit, MaskGIT, UViTBert
+from softgen.pretrained import Pretrained
 from softgen.random import SampleRandom
-from softgen.tokenizers import TamingVQGAN
+from softgen.tokenizers import MaskBitTokenizer, MaskGITVQGAN, TamingVQGAN, TiTok, VQGANPlusTokenizer
 
 SMALL = {"img_size": 32, "hidden_dim": 8, "codebook_size": 5, "depth": 2, "heads": 2, "mlp_dim": 12, "nclass": 3}
 VQGAN: dict[str, Any] = {"image_size": 32, "n_embed": 5, "embed_dim": 4, "ch": 32, "ch_mult": [1, 1, 1, 1, 2]}
@@ -111,6 +113,52 @@ def test_a_module_takes_the_tensors_without_copying_them() -> None:
     assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
 
 
+class Drawn(Pretrained):
+    """Weights of every way to draw them, and a buffer that is computed and in no checkpoint."""
+
+    places: Tensor
+
+    def __init__(self, *, width: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(width, 2)
+        self.table = nn.Embedding(width, 2)
+        nn.init.trunc_normal_(self.table.weight, std=0.02)
+        self.row = nn.Parameter(torch.randn(1, 3) * 3**-0.5)
+        self.column = nn.Parameter(torch.rand(3, 1, generator=torch.Generator()))
+        self.register_buffer("places", 2.0 * (torch.arange(4) & 1) - 1.0, persistent=False)
+
+
+class Log(TorchDispatchMode):
+    """The operations that reach a device, and how many numbers they make there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.names.append(func.overloadpacket.__name__)
+        if isinstance(out, Tensor) and not out.is_meta:
+            self.largest = max(self.largest, out.untyped_storage().nbytes())
+        return out
+
+
+def test_weights_are_neither_drawn_nor_allocated_and_buffers_are_computed() -> None:
+    state = Drawn(width=1000).state_dict()
+    before = torch.get_rng_state()
+    with Log() as log:
+        module = build(Drawn, {"width": 1000}, state, key="model")
+    assert not {name for name in log.names if name.startswith(("normal", "uniform", "rand", "erfinv"))}
+    assert log.largest <= 64
+    assert torch.equal(torch.get_rng_state(), before)
+    assert_same(module.state_dict(), state)
+    assert module.layer.weight.data_ptr() == state["layer.weight"].data_ptr()
+    assert module.places.tolist() == [-1, 1, -1, 1]
+    with pytest.raises(ValueError, match=r"'layer.weight' of shape \(2, 1000\) instead of \(2, 1099511627776\)"):
+        build(Drawn, {"width": 2**40}, state, key="model")
+
+
 def test_names_and_shapes_are_checked_both_ways() -> None:
     state = small().state_dict()
     without = {name: value for name, value in state.items() if name != "pos_emb"}
@@ -151,6 +199,34 @@ def test_convert_writes_a_folder_that_every_stage_opens(tmp_path: Path, capsys: 
     opened = load_model(tmp_path / "out")
     assert opened.config == model.config
     assert_same(opened.state_dict(), model.state_dict())
+    assert_same(load_tokenizer(tmp_path / "out").state_dict(), tokenizer.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("name", "classes"),
+    [
+        ("maskgit", (MaskGIT, TamingVQGAN)),
+        ("maskbit", (MaskBit, MaskBitTokenizer)),
+        ("imagebert", (ImageBert, TiTok)),
+        ("uvitbert", (UViTBert, TiTok)),
+        ("taming_vqgan", (TamingVQGAN, None)),
+        ("maskgit_vqgan", (MaskGITVQGAN, None)),
+        ("titok", (TiTok, None)),
+        ("vqgan_plus", (VQGANPlusTokenizer, None)),
+    ],
+)
+def test_families_have_names(name: str, classes: tuple[type, type | None]) -> None:
+    assert published_families(name) == classes
+
+
+def test_convert_writes_a_lone_tokenizer(tmp_path: Path) -> None:
+    tokenizer = VQGANPlusTokenizer(
+        image_size=8, codebook_size=5, token_size=4, hidden_channels=32, channel_mult=[1, 1], num_res_blocks=1
+    )
+    state = {name.replace("quantizer.", "quantize."): value for name, value in tokenizer.state_dict().items()}
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    words = ["--family=vqgan_plus", f"--source={tmp_path}", '--options={"image_size": 8}', f"--out={tmp_path / 'out'}"]
+    convert(words)
     assert_same(load_tokenizer(tmp_path / "out").state_dict(), tokenizer.state_dict())
 
 

@@ -1,15 +1,19 @@
-"""The plan of memory, frozen teachers in half precision, compiled blocks."""
+"""The plan of memory, frozen teachers in half precision, compiled blocks, recomputed activations."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from torch import nn
 
-from distill import DiMO, SoftDiMO
+from distill import GAN, DiMO, SoftDiMO
+from softgen import load_generator
 from softgen.callbacks import MemoryPlan, memory_plan
 from softgen.data import Labels
 from softgen.models import MaskedTransformer, MaskGIT
+from softgen.testing import ToyMaskedModel, ToyTokenizer, count_calls
 
 
 def teacher() -> MaskedTransformer:
@@ -84,3 +88,65 @@ def test_blocks_are_compiled_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(compiled) == 3 * 2  # attention and feed-forward
     trainer().fit(stage, datamodule=Labels(num_classes=3, batch_size=2))
     assert all(torch.isfinite(value) for value in stage.latest_losses.values())
+
+
+def recomputing(*, checkpoint_activations: bool, saved: bool = False) -> SoftDiMO:
+    """Student, teacher and auxiliary model of random weights, the teacher judged by a GAN."""
+    torch.manual_seed(2)
+    model = MaskedTransformer(
+        num_codes=3, num_sites=4, num_classes=3, width=8, depth=2, heads=2, checkpoint_activations=saved
+    )
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    return SoftDiMO(
+        teacher=model,
+        tokenizer=ToyTokenizer(num_codes=3),
+        objectives=[DiMO(), GAN(taps=[0, 1])],
+        checkpoint_activations=checkpoint_activations,
+    )
+
+
+def networks(stage: SoftDiMO) -> list[Any]:
+    dimo = stage.objectives[0]
+    assert isinstance(dimo, DiMO)
+    return [stage.student.model, stage.teacher, dimo.auxiliary]
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to `self.log")
+def test_recomputed_activations_give_the_same_losses_and_gradients() -> None:
+    batch = {"ordinal": [0, 1], "label": torch.tensor([0, 2]), "token": torch.tensor([[0, 1, 2, 0], [2, 2, 1, 0]])}
+    kept, recomputed = (recomputing(checkpoint_activations=asked) for asked in (False, True))
+    passes = []
+    for stage in (kept, recomputed):
+        first, second, third = (model.blocks[0] for model in networks(stage))
+        with count_calls(first) as student, count_calls(second) as teacher, count_calls(third) as auxiliary:
+            stage.training_step(batch, 0).backward()
+        passes.append((student.calls, teacher.calls, auxiliary.calls))
+    # The teacher: once for Di[M]O without a graph, once each for real and fake, of which the fake has a graph.
+    assert passes == [(1, 3, 1), (2, 4, 2)]
+    assert stage.latest_losses.keys() == {"dimo", "dimo_critic", "gan", "gan_critic"}
+    assert kept.latest_losses == recomputed.latest_losses
+    assert all(model.checkpoint_activations for model in networks(recomputed))
+    assert not any(model.checkpoint_activations for model in networks(kept))
+    for one, other in zip(kept.parameters(), recomputed.parameters(), strict=True):
+        assert (one.grad is None) == (other.grad is None)
+        if one.grad is not None and other.grad is not None:
+            torch.testing.assert_close(one.grad, other.grad, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_recomputing_is_of_the_run_and_not_of_what_it_leaves(saved: bool, tmp_path: Path) -> None:
+    stage = recomputing(checkpoint_activations=True, saved=saved)
+    stage.student.save_pretrained(tmp_path / "student")
+    opened = load_generator(tmp_path / "student")
+    assert opened.model.checkpoint_activations == opened.model.config["checkpoint_activations"] == saved
+    weights = stage.student.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in opened.state_dict().items())
+    left = recomputing(checkpoint_activations=False, saved=saved)
+    assert {model.checkpoint_activations for model in networks(left)} == {saved}
+
+
+def test_a_model_that_cannot_recompute_says_so() -> None:
+    toy = ToyMaskedModel.random(num_classes=2, num_sites=2, num_codes=2)
+    with pytest.warns(UserWarning, match="model.checkpoint_activations: ignored by ToyMaskedModel, which keeps"):
+        SoftDiMO(teacher=toy, checkpoint_activations=True)

@@ -1,6 +1,7 @@
 import copy
 import json
 import math
+import warnings
 from pathlib import Path
 
 import pytest
@@ -8,12 +9,14 @@ import torch
 from torch import Tensor
 
 from distill import DiMO, SoftDiMO
-from softgen.models import ClassCondition, MaskedTransformer, OneStepGenerator
+from softgen.models import ClassCondition, MaskBit, MaskedTransformer, OneStepGenerator
+from softgen.models.generator import MaskUnit
 from softgen.random import SampleRandom
 from softgen.testing import ToyMaskedModel, count_calls
 
 B, N, K, D = 6, 10, 5, 8
 CPU = torch.device("cpu")
+UNITS: tuple[MaskUnit, MaskUnit] = ("site", "token")
 
 
 def noise(ordinals: range = range(B)) -> SampleRandom:
@@ -35,6 +38,74 @@ def test_the_number_of_masks_is_exact(r_init: float, masks: int) -> None:
     assert (tokens == K).sum(-1).tolist() == [masks] * B
     assert tokens.min() >= 0
     assert tokens.max() <= K
+
+
+def bits(r_init: float, unit: MaskUnit, *, splits: int = 3) -> OneStepGenerator:
+    """A generator of 4 tokens of 3 groups; the mask of a group is its code 4."""
+    torch.manual_seed(1)
+    model = MaskBit(
+        img_size=8, input_stride=4, bits=6, codebook_splits=splits, hidden_dim=8, depth=1, heads=2, mlp_dim=8, nclass=2
+    )
+    return OneStepGenerator(model, r_init=r_init, mask_unit=unit)
+
+
+@pytest.mark.parametrize(
+    ("r_init", "sites", "tokens"), [(0.0, 0, 0), (0.01, 1, 1), (0.3, 4, 1), (0.4, 5, 2), (0.6, 7, 2), (1.0, 12, 4)]
+)
+def test_masks_of_single_groups_and_of_whole_tokens(r_init: float, sites: int, tokens: int) -> None:
+    n = 400
+    single, whole = (bits(r_init, unit).init_tokens(noise(range(n))) == 4 for unit in UNITS)
+    assert single.sum(-1).tolist() == [sites] * n
+    masked = whole.view(n, 4, 3)
+    assert torch.equal(masked.any(-1), masked.all(-1))
+    assert masked.all(-1).sum(-1).tolist() == [tokens] * n
+    # Standard deviation of a share: at most 0.025.
+    shares = masked.all(-1).float().mean(0)
+    torch.testing.assert_close(shares, torch.full((4,), tokens / 4), rtol=0, atol=0.1)
+    partly = single.view(n, 4, 3).any(-1) & ~single.view(n, 4, 3).all(-1)
+    assert bool(partly.any()) == (0 < sites < 12)
+
+
+def test_with_one_site_a_token_the_units_draw_the_same() -> None:
+    one, other = (bits(0.6, unit, splits=1) for unit in UNITS)
+    assert torch.equal(one.init_tokens(noise()), other.init_tokens(noise()))
+    assert torch.equal(one.init(noise()), other.init(noise()))
+
+
+def test_the_mask_unit_is_saved_and_a_folder_without_one_counts_sites(tmp_path: Path) -> None:
+    student = bits(0.6, "token")
+    student.save_pretrained(tmp_path / "student")
+    again = OneStepGenerator.from_pretrained(tmp_path / "student")
+    assert again.mask_unit == "token"
+    assert torch.equal(again.init_tokens(noise()), student.init_tokens(noise()))
+    path = tmp_path / "student" / "config.json"
+    config = json.loads(path.read_text())
+    del config["init_args"]["mask_unit"]
+    path.write_text(json.dumps(config))
+    assert OneStepGenerator.from_pretrained(tmp_path / "student").mask_unit == "site"
+
+
+def test_mask_units_that_cannot_be_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"^generator.mask_unit: expected site or token, got 'bit'$"):
+        bits(0.6, "bit")  # type: ignore[arg-type]
+    model = generator().model
+    model.num_tokens = 4
+    message = "generator.mask_unit: expected site, since 10 sites are no multiple of 4 tokens, got 'token'"
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        OneStepGenerator(model, mask_unit="token")
+    OneStepGenerator(model, mask_unit="site")
+
+
+def test_distillation_hands_the_mask_unit_on() -> None:
+    given = bits(0.6, "token")
+    assert SoftDiMO(teacher=given.model, mask_unit="token").student.mask_unit == "token"
+    assert SoftDiMO(teacher=given.model).student.mask_unit == "site"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert SoftDiMO(teacher=given.model, student=given).student.mask_unit == "token"
+    ignored = "model.mask_unit: token is ignored, since the student that was given has site"
+    with pytest.warns(UserWarning, match=ignored):
+        SoftDiMO(teacher=given.model, student=bits(0.6, "site"), mask_unit="token")
 
 
 def test_codes_and_positions_are_uniform() -> None:

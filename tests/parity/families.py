@@ -5,6 +5,8 @@ import importlib
 from tests.parity.fixture import Family
 
 _MODULES: dict[str, str] = {
+    "hpsv3_qwen2vl": "hpsv3",
+    "qwen2vl_imgproc": "hpsv3",
     "hpsv2": "rewards",
     "imagereward": "rewards",
     "laion_aesthetic": "rewards",

@@ -71,7 +71,10 @@ def test_a_built_in_reward_is_built_by_name() -> None:
 
 def test_an_unknown_name_lists_the_known_ones(site: Path) -> None:
     install(site, "contrast = contrast_reward:Contrast")
-    message = "reward: expected one of classifier, clip, contrast, or the dotted path of a class, got 'clap'"
+    message = (
+        "reward: expected one of aesthetic, classifier, clip, contrast, hpsv2, hpsv3, imagereward, pickscore, or the "
+        "dotted path of a class, got 'clap'"
+    )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         build("clap")
 

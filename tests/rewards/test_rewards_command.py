@@ -65,8 +65,13 @@ def test_list_is_light_and_prints_name_and_origin() -> None:
         [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
     )
     assert done.stdout.splitlines() == [
-        "classifier  built in, rewards.classifier:ClassifierReward",
-        "clip        built in, rewards.clip:CLIPReward",
+        "aesthetic    built in, rewards.aesthetic:AestheticReward",
+        "classifier   built in, rewards.classifier:ClassifierReward",
+        "clip         built in, rewards.clip:CLIPReward",
+        "hpsv2        built in, rewards.hpsv2:HPSv2Reward",
+        "hpsv3        built in, rewards.hpsv3:HPSv3Reward",
+        "imagereward  built in, rewards.imagereward:ImageRewardReward",
+        "pickscore    built in, rewards.pickscore:PickScoreReward",
         "False",
     ]
 
@@ -124,7 +129,10 @@ def test_a_warning_is_one_line(
 
 def test_mistakes_are_one_line(images: list[str], fails: Fails, tmp_path: Path) -> None:
     score = ("score", images[0], "--reward")
-    known = "reward: expected one of classifier, clip, or the dotted path of a class, got 'clap'"
+    known = (
+        "reward: expected one of aesthetic, classifier, clip, hpsv2, hpsv3, imagereward, pickscore, or the dotted path "
+        "of a class, got 'clap'"
+    )
     assert fails(*score, "clap", "--prompt", "a") == known
     assert fails(*score, "toy_rewards.Brightness") == "the following arguments are required: --prompt/--label"
     assert fails() == "the following arguments are required: {list,score}"
