@@ -53,11 +53,11 @@ def test_hpsv3_against_finite_differences(tmp_path: Path) -> None:
     (gradient,) = torch.autograd.grad(reward(images, PROMPTS[:1]).sum(), images)
     # transformers computes norms and rotations in float32 whatever the weights: one pixel's difference drowns in its
     # rounding, so that all pixels go together, along the signs of the gradient.
-    direction, step = gradient.sign(), 3e-3
+    direction, step = gradient.sign(), 5e-4
     with torch.no_grad():
         ahead, behind = (reward(images + sign * step * direction, PROMPTS[:1]) for sign in (1, -1))
     slope = float((ahead - behind) / (2 * step))
-    assert slope == pytest.approx(float((gradient * direction).sum()), rel=2e-3)
+    assert slope == pytest.approx(float((gradient * direction).sum()), rel=1e-3)
 
 
 def test_recomputed_activations_change_nothing(tmp_path: Path) -> None:
