@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from rewards.hpsv2 import HPSv2Reward
     from rewards.hpsv3 import HPSv3Reward
     from rewards.imagereward import ImageRewardReward
+    from rewards.isolated import Isolated
     from rewards.pickscore import PickScoreReward
     from rewards.probe import check_reward
     from rewards.registry import available, build
@@ -26,6 +27,7 @@ __all__ = [
     "HPSv2Reward",
     "HPSv3Reward",
     "ImageRewardReward",
+    "Isolated",
     "Normalisation",
     "PickScoreReward",
     "Reward",
@@ -43,6 +45,7 @@ _HOMES = {
     "HPSv2Reward": "hpsv2",
     "HPSv3Reward": "hpsv3",
     "ImageRewardReward": "imagereward",
+    "Isolated": "isolated",
     "Normalisation": "composite",
     "PickScoreReward": "pickscore",
     "Reward": "base",
