@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rewards.imagereward import ImageRewardReward
     from rewards.isolated import Isolated
     from rewards.pickscore import PickScoreReward
-    from rewards.probe import check_reward
+    from rewards.probe import probe_reward
     from rewards.registry import available, build
 
 __all__ = [
@@ -33,7 +33,7 @@ __all__ = [
     "Reward",
     "available",
     "build",
-    "check_reward",
+    "probe_reward",
 ]
 
 _HOMES = {
@@ -51,7 +51,7 @@ _HOMES = {
     "Reward": "base",
     "available": "registry",
     "build": "registry",
-    "check_reward": "probe",
+    "probe_reward": "probe",
 }
 
 

@@ -69,7 +69,7 @@ class AestheticReward(Reward):
         """Scores (B,) of preprocessed images (B, 3, S, S)."""
         features = self.features(pixels)
         features = F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
-        head: Tensor = self.head(features.to(next(self.head.parameters()).dtype))
+        head: Tensor = self.head(features)
         return head[:, 0]
 
 

@@ -11,6 +11,7 @@ from rewards.activations import recompute_activations
 from rewards.base import Reward
 from rewards.checkpoints import load_checked, part_of, read_checkpoint
 from rewards.errors import one_line
+from rewards.heads import WideHead
 from rewards.qwen_images import MERGE, patch_rows
 from rewards.transformers_clip import LazyTokenizer, import_transformers
 
@@ -83,12 +84,10 @@ class HPSv3Reward(Reward):
         renamed |= {f"language_model.{key}": value for key, value in part_of(state, "model.").items()}
         self.model: Any = _loaded(model, renamed, transformers.Qwen2VLModel, settings, dtype=getattr(torch, dtype))
         width = state["rm_head.0.weight"].shape[1]
-        self.rm_head = nn.Sequential(
+        self.rm_head = WideHead(
             nn.Linear(width, 1024), nn.ReLU(), nn.Dropout(0.05), nn.Linear(1024, 16), nn.ReLU(), nn.Linear(16, 2)
         )
         load_checked(self.rm_head, part_of(state, "rm_head."), key="checkpoint (rm_head)")
-        if dtype == "float64":
-            self.rm_head.double()
         self.pixels, self.reward_token_id, self.pad_token_id = pixels, reward_token_id, pad_token_id
         self._tokenizer = LazyTokenizer(base)
         self.eval().requires_grad_(False)
@@ -134,9 +133,7 @@ class HPSv3Reward(Reward):
         pooled = seen if isinstance(seen, Tensor) else seen.pooler_output
         embedded = embedded.masked_scatter(image, pooled.to(embedded.dtype))
         states = self.model.language_model(inputs_embeds=embedded, attention_mask=mask).last_hidden_state
-        head = next(self.rm_head.parameters())
-        with torch.autocast(states.device.type, enabled=False):
-            out: Tensor = self.rm_head(states[asked].to(head.dtype))
+        out: Tensor = self.rm_head(states[asked])
         return out
 
 

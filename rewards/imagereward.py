@@ -123,7 +123,7 @@ class ImageRewardReward(Reward):
     def score(self, pixels: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         """Scores (B,) of preprocessed images (B, 3, S, S) and token ids (B, L) with their mask."""
         states = self.text_states(self.image_states(pixels), ids, mask)
-        raw: Tensor = self.mlp(states[:, 0].to(next(self.mlp.parameters()).dtype))
+        raw: Tensor = self.mlp(states[:, 0])
         return (raw[:, 0] - _MEAN) / _STD
 
 

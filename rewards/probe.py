@@ -9,7 +9,7 @@ from rewards.conditions import Conditions
 from rewards.errors import one_line
 
 
-def check_reward(
+def probe_reward(
     reward: Reward, *, image_size: int | tuple[int, int], conditions: Conditions, gradient: bool = True
 ) -> None:
     """Score random images and follow the gradient back to their pixels.
@@ -30,7 +30,7 @@ def check_reward(
         for name, part in zip(reward.names, reward.rewards, strict=True):
             assert isinstance(part, Reward)
             climbed = gradient and reward.weights[name] != 0
-            check_reward(part, image_size=image_size, conditions=conditions, gradient=climbed)
+            probe_reward(part, image_size=image_size, conditions=conditions, gradient=climbed)
         return
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     generator = torch.Generator().manual_seed(0)

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from rewards import Reward, build, check_reward
+from rewards import Reward, build, probe_reward
 from softgen.cli import run_command
 from softgen.evaluate import write_json
 from softgen.images import save_grid, save_image
@@ -52,7 +52,7 @@ def tteo(
     labels = torch.tensor([label] if isinstance(label, int) else label, dtype=torch.long)
     scorer = (build(reward) if isinstance(reward, str) else reward).to(target)
     if len(labels):
-        check_reward(scorer, image_size=decoder.image_size, conditions=labels[:1].to(target))
+        probe_reward(scorer, image_size=decoder.image_size, conditions=labels[:1].to(target))
     result = optimize(model, decoder, scorer, labels, settings=settings, seed=seed)
     write_result(result, Path(out))
     before, after = result.before.mean().item(), result.after.mean().item()

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from distill.objectives.base import DistillState, Objective, ObjectiveLosses, with_value_and_gradient
 from rewards.base import Reward as RewardModel
 from rewards.composite import CompositeReward, Normalisation
-from rewards.probe import check_reward
+from rewards.probe import probe_reward
 from rewards.registry import build
 from softgen.metrics.hacking import colour_entropy, diversity, saturation
 from softgen.models.base import MaskedDiffusionModel
@@ -105,7 +105,7 @@ class Reward(Objective):
         labels = torch.tensor([0, max(0, teacher.num_classes - 1)])
         for name, reward in self._frozen.items():
             assert isinstance(reward, RewardModel)
-            check_reward(reward, image_size=tokenizer.image_size, conditions=labels, gradient=name == "rewards")
+            probe_reward(reward, image_size=tokenizer.image_size, conditions=labels, gradient=name == "rewards")
 
     def forward(self, state: DistillState) -> ObjectiveLosses:
         """Decode, score, and take the gradient at the decoder embeddings, one micro-batch after the other."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from toy_rewards import LinearClassifier
 
-from rewards import ClassifierReward, check_reward
+from rewards import ClassifierReward, probe_reward
 from softgen.metrics import SmallClassifier
 
 
@@ -36,7 +36,7 @@ def test_the_gradient_agrees_with_finite_differences_and_the_weights_are_frozen(
     images = torch.rand(2, 3, 4, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: reward(x, [1, 4]), images)
     assert not any(parameter.requires_grad for parameter in reward.parameters())
-    check_reward(reward.float(), image_size=4, conditions=[0, 4])
+    probe_reward(reward.float(), image_size=4, conditions=[0, 4])
 
 
 def test_low_precision_logits_are_normalised_in_float32() -> None:

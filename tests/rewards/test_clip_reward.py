@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from rewards import CLIPReward, check_reward
+from rewards import CLIPReward, probe_reward
 
 open_clip = pytest.importorskip("open_clip")
 
@@ -73,7 +73,7 @@ def test_the_gradient_agrees_with_finite_differences(reward: CLIPReward) -> None
 def test_the_reward_is_frozen_and_passes_the_probe(reward: CLIPReward) -> None:
     assert not any(parameter.requires_grad for parameter in reward.parameters())
     assert not any(module.training for module in reward.train().modules())
-    check_reward(reward, image_size=28, conditions=PROMPTS)
+    probe_reward(reward, image_size=28, conditions=PROMPTS)
 
 
 def test_labels_are_read_as_prompts(tiny_clip: str, clip_weights: Path, reward: CLIPReward) -> None:

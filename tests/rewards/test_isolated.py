@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rewards import Reward, check_reward
+from rewards import Reward, probe_reward
 from rewards.isolated import Isolated, WorkerError
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
@@ -119,7 +119,7 @@ def test_scores_and_gradients_are_those_of_the_reward(python: Path) -> None:
         torch.testing.assert_close(gradients[0], gradients[1])
     with torch.no_grad():
         assert not reward(images, prompts).requires_grad
-    check_reward(reward, image_size=8, conditions=["a", "ab"])
+    probe_reward(reward, image_size=8, conditions=["a", "ab"])
     reward.close()
 
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import BUILDERS, hpsv3, imagereward, pickscore
 
-from rewards import Reward, check_reward
+from rewards import Reward, probe_reward
 from rewards.qwen_images import fitted_size, patch_rows
 
 EACH = pytest.mark.parametrize("name", sorted(BUILDERS))
@@ -28,7 +28,7 @@ def build(name: str, folder: Path, **options: Any) -> Reward:
 def test_scores_and_gradients(name: str, tmp_path: Path) -> None:
     reward = build(name, tmp_path)
     assert reward.name == name
-    check_reward(reward, image_size=(40, 32), conditions=PROMPTS)
+    probe_reward(reward, image_size=(40, 32), conditions=PROMPTS)
     assert not any(parameter.requires_grad for parameter in reward.parameters())
     assert not reward.train().training
     images = torch.rand(2, 3, 40, 32)

@@ -8,7 +8,7 @@ from torch import Tensor
 from toy_rewards import Brightness, Scripted
 
 import rewards
-from rewards import Conditions, Reward, check_reward
+from rewards import Conditions, Reward, probe_reward
 from rewards.conditions import as_labels, as_prompts
 
 
@@ -127,7 +127,7 @@ def test_wrong_class_names_are_refused(class_names: list[str], message: str) -> 
 def test_the_probe_passes_a_differentiable_reward_and_leaves_the_random_state_alone(inference: bool) -> None:
     state = torch.get_rng_state()
     with torch.inference_mode(inference):
-        check_reward(Brightness(), image_size=(4, 6), conditions=["a", "b"])
+        probe_reward(Brightness(), image_size=(4, 6), conditions=["a", "b"])
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -172,7 +172,7 @@ def mean(images: Tensor) -> Tensor:
 def test_the_probe_names_what_is_wrong(function: object, message: str | None) -> None:
     reward = Scripted(function, name="odd")
     if message is None:
-        check_reward(reward, image_size=4, conditions=[0, 1])
+        probe_reward(reward, image_size=4, conditions=[0, 1])
         return
     with pytest.raises(ValueError, match=one_line(f"reward odd: {message}")):
-        check_reward(reward, image_size=4, conditions=[0, 1])
+        probe_reward(reward, image_size=4, conditions=[0, 1])
