@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from rewards.errors import one_line
-from rewards.registry import available, build
+from rewards.registry import FACTS, Facts, available, build
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,11 +49,20 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def print_rewards() -> None:
-    """Print the name and the origin of every reward, one a line."""
-    rewards = available()
-    width = max(map(len, rewards))
-    for name in sorted(rewards):
-        print(f"{name:<{width}}  {rewards[name]}")
+    """Print a table of every reward: name, range, checkpoint, memory, licence, and where it comes from."""
+    head = ("name", "range", "checkpoint", "memory", "licence", "source")
+    rows = [head]
+    for name, source in sorted(available().items()):
+        facts = FACTS.get(name, Facts())
+        rows.append((name, facts.range, facts.checkpoint, facts.memory, facts.licence, source))
+    print_table(rows)
+
+
+def print_table(rows: Sequence[Sequence[str]]) -> None:
+    """Print rows in columns, two spaces apart."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def print_scores(
