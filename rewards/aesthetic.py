@@ -17,7 +17,7 @@ from rewards.heads import LinearStack
 class AestheticReward(Reward):
     """A linear head on the normalised image feature of OpenAI's CLIP ViT-L/14; 1 to 10, typically 4.5 to 7.
 
-    The head is `sac+logos+ava1-l14-linearMSE.pth` of improved-aesthetic-predictor (Apache-2.0 licence), 0.9 M
+    The head is `sac+logos+ava1-l14-linearMSE.pth` of improved-aesthetic-predictor (licence: see its page), 0.9 M
     parameters; the tower has 304 M, 1.2 GB in float32.
 
     Args:

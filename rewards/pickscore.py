@@ -9,8 +9,8 @@ from rewards.clip_loading import load_transformers_clip
 class PickScoreReward(CLIPReward):
     """exp(logit scale) cos(image, prompt) under a CLIP ViT-H/14 that learned from Pick-a-Pic; about 15 to 26.
 
-    The checkpoint is `yuvalkirstain/PickScore_v1` (MIT licence), 986 M parameters, 3.9 GB in float32; tokenizer and
-    image processor are those of `laion/CLIP-ViT-H-14-laion2B-s32B-b79K`.
+    The checkpoint is `yuvalkirstain/PickScore_v1` (licence: see its card), 986 M parameters, 3.9 GB in float32;
+    tokenizer and image processor are those of `laion/CLIP-ViT-H-14-laion2B-s32B-b79K`.
 
     Args:
         checkpoint: A folder or a hub id of transformers' `CLIPModel`.

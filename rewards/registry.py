@@ -42,13 +42,13 @@ class Facts:
 
 
 FACTS = {
-    "aesthetic": Facts("1 to 10", "sac+logos+ava1-l14-linearMSE.pth, CLIP ViT-L-14", "1.2 GB", "Apache-2.0, MIT"),
+    "aesthetic": Facts("1 to 10", "sac+logos+ava1-l14-linearMSE.pth, CLIP ViT-L-14", "1.2 GB", "see its page"),
     "classifier": Facts("at most 0", "your own: python -m softgen.classifier"),
     "clip": Facts("-1 to 1, times its scale", "any of open_clip or transformers", "0.6 GB (ViT-B-32)", "the model's"),
     "hpsv2": Facts("0.15 to 0.35", "xswu/HPSv2: HPS_v2.1_compressed.pt", "3.9 GB", "Apache-2.0"),
     "hpsv3": Facts("-5 to 15", "MizzenAI/HPSv3, Qwen/Qwen2-VL-7B-Instruct", "29 GiB (bfloat16: 14.4)", "Apache-2.0"),
     "imagereward": Facts("-2.3 to 2", "THUDM/ImageReward", "1.8 GB", "Apache-2.0"),
-    "pickscore": Facts("15 to 26", "yuvalkirstain/PickScore_v1", "3.9 GB", "MIT"),
+    "pickscore": Facts("15 to 26", "yuvalkirstain/PickScore_v1", "3.9 GB", "see its card"),
 }
 
 
