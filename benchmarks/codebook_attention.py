@@ -7,7 +7,6 @@ benchmarks/results/codebook_attention.json and .md.
 """
 
 import ctypes
-import gc
 import platform
 import re
 import statistics
@@ -33,9 +32,7 @@ NEIGHBOURS = 64
 NOISE, TWO_TAU_SQUARED = 0.3, 0.3
 # Cases of more codes than this take `large_rounds`: a dense round takes 10 to 25 s there.
 LARGE = 100_000
-PEAKS = 3
 AGREEMENT = 1e-3
-STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 M_MMAP_THRESHOLD = -3  # of mallopt(3)
 
 
@@ -143,26 +140,30 @@ OTHER_LOSSES = (TABLE, HARD)
 """Rows whose values are not those of the first row of their operator."""
 
 
+TIME = "cpu_seconds"
+MEMORY = {"peak_extra_mib": "memory", "peak_extra_mib_nothing_kept": "memory with nothing kept"}
+
+
 @dataclass(frozen=True)
 class Demand:
     """Bounds on a ratio, by index of the case; None shows the ratio and asks nothing.
 
-    The ratio is `against` over `row` for memory, at least the bound, and `row` over `against` for time, at most.
+    The ratio is `row` over `against` for time, at most the bound, and `against` over `row` for memory, at least.
     """
 
-    quantity: Literal["memory", "time"]
+    figure: str
     row: str
     against: str
     bounds: Mapping[int, float | None]
 
 
 DEMANDS = (
-    Demand("memory", FUSED, NAIVE, {0: 8, 1: 8, 2: 6}),
-    Demand("time", FUSED, NAIVE, {0: 0.85, 1: None, 2: None}),
-    Demand("time", FUSED, HARD, {0: 1.5, 1: None, 2: None}),
-    Demand("time", TABLE, HARD, {0: 1.1, 1: None, 2: None}),
-    Demand("memory", EMBED_FUSED, EMBED_DENSE, {3: 5}),
-    Demand("time", EMBED_FUSED, EMBED_DENSE, {3: 1.2}),
+    *(Demand(figure, FUSED, NAIVE, {0: 8, 1: 8, 2: 6}) for figure in MEMORY),
+    Demand(TIME, FUSED, NAIVE, {0: 0.85, 1: None, 2: None}),
+    Demand(TIME, FUSED, HARD, {0: 1.5, 1: None, 2: None}),
+    Demand(TIME, TABLE, HARD, {0: 1.1, 1: None, 2: None}),
+    *(Demand(figure, EMBED_FUSED, EMBED_DENSE, {3: 5}) for figure in MEMORY),
+    Demand(TIME, EMBED_FUSED, EMBED_DENSE, {3: 1.2}),
 )
 
 
@@ -188,13 +189,12 @@ def measure_peak(case: Case, name: str, seed: int, keep_freed: bool) -> float | 
     small = Case(case.operator, tokens=64, codes=1024)
     forward_backward(small, name, make_inputs(small, seed=seed))
     inputs = make_inputs(case, seed=seed)
-    gc.collect()
     try:
         libc = ctypes.CDLL(None)
         if not keep_freed:
             libc.mallopt(M_MMAP_THRESHOLD, 2**17)
         libc.malloc_trim(0)
-        CLEAR_REFS.write_text("5")  # the peak is now what is resident
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is resident
     except (OSError, TypeError, AttributeError):
         return None
     before = _status_mib("VmRSS")
@@ -203,67 +203,47 @@ def measure_peak(case: Case, name: str, seed: int, keep_freed: bool) -> float | 
 
 
 def _status_mib(field: str) -> float:
-    found = re.search(rf"^{field}:\s+(\d+) kB$", STATUS.read_text(), re.MULTILINE)
+    found = re.search(rf"^{field}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
     assert found is not None
     return int(found[1]) / 1024
 
 
-@dataclass(frozen=True)
-class Timing:
-    """CPU seconds by row and round, losses, and relative differences from the operator's first row."""
-
-    seconds: dict[str, list[float]]
-    losses: dict[str, float]
-    differences: dict[str, dict[str, float]]
-
-
-def measure_time(case: Case, rounds: int, seed: int) -> Timing:
+def measure_time(case: Case, rounds: int, seed: int) -> dict[str, dict[str, Any]]:
     """Time the rows in turn, `rounds` times after a first round that warms up and compares their results."""
     torch.set_num_threads(1)
-    names = list(ROWS[case.operator])
-    inputs = make_inputs(case, seed=seed)
-    losses: dict[str, float] = {}
-    differences: dict[str, dict[str, float]] = {}
-    first = None
-    for name in names:
+    inputs, first = make_inputs(case, seed=seed), None
+    rows: dict[str, dict[str, Any]] = {}
+    for name in ROWS[case.operator]:
         results = forward_backward(case, name, inputs)
+        row = rows[name] = {"loss": None, "relative_difference": None, "runs": {TIME: []}}
         if results[0].ndim == 0:
-            losses[name] = results[0].item()
+            row["loss"] = results[0].item()
         if first is None:
             first = results
         elif name not in OTHER_LOSSES:
             pairs = zip(("value", "hidden", "weight"), results, first, strict=True)
-            differences[name] = {key: float((got - wanted).norm() / wanted.norm()) for key, got, wanted in pairs}
-            assert max(differences[name].values()) < AGREEMENT, (name, differences[name])
+            found = {key: float((got - wanted).norm() / wanted.norm()) for key, got, wanted in pairs}
+            assert max(found.values()) < AGREEMENT, (name, found)
+            row["relative_difference"] = found
     del first, results
-    seconds: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(rounds):
-        for name in names:
+        for name, row in rows.items():
             start = time.process_time()
             forward_backward(case, name, inputs)
-            seconds[name].append(time.process_time() - start)
-    return Timing(seconds, losses, differences)
+            row["runs"][TIME].append(time.process_time() - start)
+    return rows
 
 
 def measure(index: int, *, rounds: int, seed: int) -> dict[str, Any]:
-    """Everything of `CASES[index]`, each measurement in a new process."""
+    """Everything of `CASES[index]`: times from one new process, each peak from another."""
     case = CASES[index]
-    timing: Timing = _apart(measure_time, case, rounds, seed)
     rows = []
-    for name, seconds in timing.seconds.items():
-        peaks = [_apart(measure_peak, case, name, seed, True) for _ in range(PEAKS)]
-        known = [peak for peak in peaks if peak is not None]
-        row = {
-            "name": name,
-            "cpu_seconds": statistics.median(seconds),
-            "cpu_seconds_by_round": seconds,
-            "peak_extra_mib": statistics.median(known) if known else None,
-            "peak_extra_mib_by_process": peaks,
-            "peak_extra_mib_nothing_kept": _apart(measure_peak, case, name, seed, False),
-            "loss": timing.losses.get(name),
-            "relative_difference": timing.differences.get(name),
-        }
-        rows.append(row)
+    for name, row in _apart(measure_time, case, rounds, seed).items():
+        for figure, keep_freed in zip(MEMORY, (True, False), strict=True):
+            peaks = [_apart(measure_peak, case, name, seed, keep_freed) for _ in range(rounds)]
+            row["runs"][figure] = [peak for peak in peaks if peak is not None]
+        medians = {figure: statistics.median(runs) if runs else None for figure, runs in row["runs"].items()}
+        rows.append({"name": name, **medians, **row})
     return {"index": index, "title": case.title, **asdict(case), "rounds": rounds, "rows": rows}
 
 
@@ -305,7 +285,6 @@ def codebook_attention(
         "threads": 1,
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
         "system": f"{platform.system()} {platform.machine()}",
-        "neighbours": NEIGHBOURS,
         "cases": cases,
         "claims": claims(cases),
     }
@@ -319,18 +298,16 @@ def claims(cases: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     by_index = {case["index"]: case for case in cases}
     rows = []
     for demand in DEMANDS:
-        memory = demand.quantity == "memory"
+        memory = demand.figure in MEMORY
         above, below = (demand.against, demand.row) if memory else (demand.row, demand.against)
-        for index, bound in demand.bounds.items():
-            if index not in by_index:
-                continue
-            key = "peak_extra_mib" if memory else "cpu_seconds"
-            figures = {row["name"]: row[key] for row in by_index[index]["rows"]}
-            ratio = _ratio(figures[above], figures[below])
-            holds = None
+        for index in sorted(demand.bounds.keys() & by_index.keys()):
+            bound, rows_there = demand.bounds[index], by_index[index]["rows"]
+            figures = {row["name"]: row[demand.figure] for row in rows_there}
+            ratio, holds = _ratio(figures[above], figures[below]), None
             if ratio is not None and bound is not None:
                 holds = ratio >= bound if memory else ratio <= bound
-            row = {"claim": f"{demand.quantity}, {above} / {below}", "case": by_index[index]["title"], "ratio": ratio}
+            claim = f"{MEMORY.get(demand.figure, 'time')}: {above} / {below}"
+            row = {"claim": claim, "case": by_index[index]["title"], "ratio": ratio}
             rows.append({**row, "at_least" if memory else "at_most": bound, "holds": holds})
     return rows
 
@@ -341,7 +318,7 @@ def _ratio(above: float | None, below: float | None) -> float | None:
 
 def _markdown(content: Mapping[str, Any]) -> str:
     versions = content["versions"]
-    peaks = [row["peak_extra_mib"] for case in content["cases"] for row in case["rows"]]
+    measured = all(row[figure] is not None for case in content["cases"] for row in case["rows"] for figure in MEMORY)
     lines = [
         "# Large codebooks: SNCE and the soft embedding, dense and fused",
         "",
@@ -350,15 +327,16 @@ def _markdown(content: Mapping[str, Any]) -> str:
         f"{versions['torch']}, Python {versions['python']}, {content['system']}, {content['threads']} thread. These "
         "are figures of a CPU; a GPU is not measured.",
         "",
-        "Time is CPU seconds of the process, the median over rounds (least to most beside it); in a round all rows of "
-        "a table run in turn in one process, after a round that is not counted. Ratios are of medians.",
+        "Time is CPU seconds of the process; in a round all rows of a table run in turn in one process, after a round "
+        "that is not counted. Figures are medians over rounds (least to most beside them), ratios are of medians.",
         "",
-        "Peak memory was not measured: that takes Linux with glibc."
-        if None in peaks
-        else "Peak memory is the most that the process holds above its inputs, gradients of hidden states and head "
-        f"included: VmHWM, reset before, less VmRSS before; the median of {PEAKS} processes of their own. The "
-        "allocator keeps freed blocks of up to 32 MiB, and they count. The last column is without: there each block "
-        "above 128 KiB goes back at once. Claims go by the former.",
+        "Peak memory is the most that a process holds above its inputs, gradients of hidden states and head included: "
+        "VmHWM, reset before, less VmRSS before; each round in a process of its own. glibc keeps freed blocks of up to "
+        "32 MiB in pieces that the next block may not fit in, so that small peaks differ from process to process; with "
+        "nothing kept, each block above 128 KiB goes back to the system at once (mallopt), and the peak is what the "
+        "row itself holds."
+        if measured
+        else "Peak memory was not measured: that takes Linux with glibc.",
     ]
     for case in content["cases"]:
         lines += ["", f"## {case['title']}", "", *_table(case)]
@@ -374,7 +352,7 @@ def _markdown(content: Mapping[str, Any]) -> str:
         f"{value:.0e} for the value and {max(hidden, weight):.0e} for the gradients "
         f"(below {AGREEMENT:g} is asserted).",
         "",
-        f"The table of {content['neighbours']} neighbours a code is filled at random and belongs to the inputs: the "
+        f"The table of {NEIGHBOURS} neighbours a code is filled at random and belongs to the inputs: the "
         "cost of the loss does not depend on its values, and what building a true one costs is not in these figures.",
         "",
     ]
@@ -384,18 +362,24 @@ def _markdown(content: Mapping[str, Any]) -> str:
 def _table(case: Mapping[str, Any]) -> list[str]:
     rows = {row["name"]: row for row in case["rows"]}
     first, hard = next(iter(rows.values())), rows.get(HARD)
-    head = ["row", "CPU s", "rounds", f"time / {first['name']}", *([f"time / {HARD}"] if hard else [])]
-    head += ["peak extra, MiB", f"memory, {first['name']} / row", "peak with nothing kept, MiB"]
+    head = ["row", "rounds", "CPU s", f"time / {first['name']}", *([f"time / {HARD}"] if hard else [])]
+    for words in MEMORY.values():
+        head += [f"peak {words}, MiB", f"{first['name']} / row"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for name, row in rows.items():
-        seconds, rounds = row["cpu_seconds"], row["cpu_seconds_by_round"]
-        cells = [name, f"**{seconds:.2f}** ({min(rounds):.2f} to {max(rounds):.2f})", str(case["rounds"])]
-        cells += [_shown(_ratio(seconds, other["cpu_seconds"])) for other in (first, hard) if other]
-        cells += [_shown(row["peak_extra_mib"], digits=0)]
-        cells += [_shown(_ratio(first["peak_extra_mib"], row["peak_extra_mib"]), digits=1)]
-        cells += [_shown(row["peak_extra_mib_nothing_kept"], digits=0)]
+        cells = [name, str(case["rounds"]), _spread(row["runs"][TIME], digits=2)]
+        cells += [_shown(_ratio(row[TIME], other[TIME])) for other in (first, hard) if other]
+        for figure in MEMORY:
+            cells += [_spread(row["runs"][figure], digits=0), _shown(_ratio(first[figure], row[figure]), digits=1)]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def _spread(runs: Sequence[float], *, digits: int) -> str:
+    if not runs:
+        return _shown(None)
+    median, least, most = (f"{value:.{digits}f}" for value in (statistics.median(runs), min(runs), max(runs)))
+    return f"**{median}** ({least} to {most})"
 
 
 def _claim(row: Mapping[str, Any]) -> str:

@@ -249,13 +249,21 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.set_materialize_grads(False)
 
 
+def _graph_is_kept() -> bool:
+    """Whether a later backward pass may come through here again; True where this release of PyTorch does not tell."""
+    asked = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return asked is None or bool(asked())
+
+
 def _backward(
     ctx: Any, of_loss: Tensor | None, _of_entropy: Tensor | None, *of_gradients: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     if any(upstream is not None for upstream in of_gradients):
         raise RuntimeError("the fused loss can be differentiated once: impl='dense' has second derivatives")
+    # The head's gradient is the largest tensor of all: where it is not needed again, it is scaled where it lies.
+    scale = torch.mul if _graph_is_kept() else Tensor.mul_
     gradients = [
-        (of_loss * gradient).to(dtype) if need and of_loss is not None else None
+        scale(gradient, of_loss).to(dtype) if need and of_loss is not None else None
         for gradient, dtype, need in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[:3], strict=True)
     ]
     return (*gradients, *(None for _ in range(ctx.others)))

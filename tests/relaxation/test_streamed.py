@@ -452,3 +452,29 @@ def test_the_other_functions_refuse_too() -> None:
         expected_code(z, v, tau=1.0, embedding=z)
     with pytest.raises(ValueError, match=r"^two_tau_squared: expected a number above 0, got -1$"):
         neighbour_entropy(z, v, two_tau_squared=-1)
+
+
+def test_a_kept_graph_can_be_run_backwards_again() -> None:
+    h, w, z, v = draw(N, 3, grad=True), draw(K, 3, grad=True), draw(N, 2), draw(K, 2)
+    loss = neighbour_cross_entropy(h, w, z, v, two_tau_squared=1.0, impl="fused")
+    first = torch.autograd.grad(3 * loss, (h, w), retain_graph=True)
+    again = torch.autograd.grad(3 * loss, (h, w))
+    for one, other in zip(first, again, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_the_gradient_of_the_head_is_held_once() -> None:
+    """Where the graph is not kept, the backward pass allocates no second gradient of the head."""
+    tokens, codes, width = 40, 30_000, 32
+    h, w = draw(tokens, width, dtype=torch.float32, grad=True), draw(codes, width, dtype=torch.float32, grad=True)
+    z, v = draw(tokens, 2, dtype=torch.float32), draw(codes, 2, dtype=torch.float32)
+    head = codes * width * 4
+
+    def large(*, keep: bool) -> int:
+        loss = neighbour_cross_entropy(h, w, z, v, two_tau_squared=1.0, impl="fused")
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            torch.autograd.grad(2 * loss, (h, w), retain_graph=keep)
+        return sum(event.self_cpu_memory_usage >= head for event in profile.events())
+
+    assert large(keep=True) > 0
+    assert large(keep=False) == 0
