@@ -18,7 +18,7 @@ from softgen.data.base import Batch, ImageDataModule
 from softgen.loading import check_compatible, check_same_sites, load_generator, load_model, load_tokenizer
 from softgen.models.base import MaskedDiffusionModel
 from softgen.models.conditions import Condition
-from softgen.models.generator import OneStepGenerator
+from softgen.models.generator import MaskUnit, OneStepGenerator
 from softgen.pretrained import CONFIG_NAME, Pretrained, resolve_folder
 from softgen.relaxation import decoding_gap, probabilities, sharpness
 from softgen.tokenizers.base import ImageTokenizer
@@ -27,6 +27,7 @@ from softgen.training.stage import Stage, check_images, check_num_classes
 
 _GAP_GROWTH = 1.5
 _R_INIT, _NOISE = 0.6, 0.1  # published
+_MASK_UNIT: MaskUnit = "site"
 
 
 class SoftDiMO(Stage):
@@ -36,17 +37,22 @@ class SoftDiMO(Stage):
         teacher: Folder or hub id of the masked diffusion model, or the model itself. Stays frozen.
         tokenizer: Folder or hub id, or the tokenizer itself; by default the one in the teacher's folder. Used for
             previews and by objectives that look at images.
-        student: Folder or hub id of a generator to start from, which keeps its own r_init and noise; by default a
-            copy of the teacher.
+        student: Folder or hub id of a generator to start from, which keeps its own r_init, noise and mask unit;
+            by default a copy of the teacher.
         objectives: The terms of L_gen, e.g. `distill.DiMO`; by default Di[M]O alone.
         optimizer: Settings of the student, and of every critic that has none of its own.
         r_init: Share of masks in the initial tokens, in [0, 1].
         noise: Weight of the Gaussian noise on the initial embeddings, in [0, 1].
+        mask_unit: Whether r_init counts single `site`s, or whole `token`s, all sites of which are masked together; the
+            two differ where a token has several sites, as in MaskBit.
         temperature: Of the tokens that the student samples in training, above 0.
         sharpen: Divides the student's logits once, before training, for good; below 1 makes a blunt student sharp.
         freeze_embedding: Keep the student's token embedding as the teacher's.
         teacher_dtype: Of the frozen teacher's weights; bfloat16 halves them, and needs the precision bf16-mixed.
         compile_blocks: Compile the blocks of student, teacher and auxiliary model with `torch.compile`.
+        checkpoint_activations: Recompute the blocks of student, teacher and auxiliary model in the backward pass
+            instead of keeping their activations: less memory, more time. Of this run alone: the student's saved config
+            keeps what it had. False leaves each model as it was saved.
         seed: Seed of all randomness in training.
     """
 
@@ -60,11 +66,13 @@ class SoftDiMO(Stage):
         optimizer: OptimizerConfig = OptimizerConfig(lr=1e-5, warmup_steps=100),  # noqa: B008 - frozen
         r_init: float = _R_INIT,
         noise: float = _NOISE,
+        mask_unit: MaskUnit = _MASK_UNIT,
         temperature: float = 1.0,
         sharpen: float = 1.0,
         freeze_embedding: bool = True,
         teacher_dtype: Literal["float32", "bfloat16"] = "float32",
         compile_blocks: bool = False,
+        checkpoint_activations: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__(optimizer=optimizer, seed=seed)
@@ -80,7 +88,7 @@ class SoftDiMO(Stage):
             check_compatible(opened, decoder, key="model.tokenizer")
             self.hold_frozen("tokenizer", decoder)
 
-        self.student = _open_student(student, self.teacher, r_init=r_init, noise=noise)
+        self.student = _open_student(student, self.teacher, r_init=r_init, noise=noise, mask_unit=mask_unit)
         self.student.scale_logits(1 / sharpen)
         self.student.requires_grad_().train()
         if freeze_embedding:
@@ -100,10 +108,11 @@ class SoftDiMO(Stage):
         # Student and critics began as copies of the teacher: only now may it lose precision.
         self.teacher_dtype = teacher_dtype
         self.teacher.to(getattr(torch, teacher_dtype))
-        if compile_blocks:
-            for module in (self.teacher, *self.modules()):
-                if isinstance(module, MaskedDiffusionModel):
-                    module.compile_blocks()
+        for model in self._masked_models():
+            if checkpoint_activations:
+                _recompute(model)
+            if compile_blocks:
+                model.compile_blocks()
 
     def setup(self, stage: str) -> None:
         """As every stage; and say so when nobody watches that the samples stay of their class."""
@@ -156,6 +165,11 @@ class SoftDiMO(Stage):
         for name, module in objective.frozen_modules().items():
             self.hold_frozen(f"{objective.name}.{name}", module)
         self.student.metadata.update(objective.metadata())
+
+    def _masked_models(self) -> Iterable[MaskedDiffusionModel]:
+        """The student's network, the teacher, and those of the objectives, trained or looked through, each once."""
+        held = (module for root in (self, *self.frozen_modules.values()) for module in root.modules())
+        return dict.fromkeys(module for module in held if isinstance(module, MaskedDiffusionModel))
 
     def _objectives(self) -> Iterable[Objective]:
         for objective in self.objectives:
@@ -320,17 +334,30 @@ def _open_tokenizer(
     return None
 
 
+def _recompute(model: MaskedDiffusionModel) -> None:
+    if "checkpoint_activations" not in vars(model):
+        rank_zero_warn(f"model.checkpoint_activations: ignored by {type(model).__name__}, which keeps its activations")
+    model.checkpoint_activations = True
+
+
 def _open_student(
-    student: str | OneStepGenerator | None, teacher: MaskedDiffusionModel, *, r_init: float, noise: float
+    student: str | OneStepGenerator | None,
+    teacher: MaskedDiffusionModel,
+    *,
+    r_init: float,
+    noise: float,
+    mask_unit: MaskUnit,
 ) -> OneStepGenerator:
     if student is None:
-        return OneStepGenerator(copy.deepcopy(teacher), r_init=r_init, noise=noise)
+        return OneStepGenerator(copy.deepcopy(teacher), r_init=r_init, noise=noise, mask_unit=mask_unit)
     opened = load_generator(student, key="model.student") if isinstance(student, str) else student
     check_same_sites(opened.model, teacher, key="model.student")
-    for name, asked, default, kept in (
+    settings: tuple[tuple[str, object, object, object], ...] = (
         ("r_init", r_init, _R_INIT, opened.r_init),
         ("noise", noise, _NOISE, opened.noise),
-    ):
+        ("mask_unit", mask_unit, _MASK_UNIT, opened.mask_unit),
+    )
+    for name, asked, default, kept in settings:
         if asked not in (default, kept):
             rank_zero_warn(f"model.{name}: {asked} is ignored, since the student that was given has {kept}")
     return opened

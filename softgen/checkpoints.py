@@ -1,6 +1,6 @@
 """Published checkpoints: reading their files, checking their names, and building a module around them.
 
-A module is built without memory of its own and takes the file's tensors as they are, so that a checkpoint is read once
+A module is built without memory for weights and takes the file's tensors as they are, so that a checkpoint is read once
 and held once.
 """
 
@@ -13,6 +13,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from softgen.pretrained import Pretrained, check_keys, resolve_folder
 
@@ -37,11 +38,13 @@ _SIGNATURES = (
 # The model of each published family, and its tokenizer; a tokenizer stands alone.
 _FAMILIES: dict[str, tuple[str, str | None]] = {
     "maskgit": ("softgen.models.MaskGIT", "softgen.tokenizers.TamingVQGAN"),
+    "maskbit": ("softgen.models.MaskBit", "softgen.tokenizers.MaskBitTokenizer"),
     "imagebert": ("softgen.models.ImageBert", "softgen.tokenizers.TiTok"),
     "uvitbert": ("softgen.models.UViTBert", "softgen.tokenizers.TiTok"),
     "taming_vqgan": ("softgen.tokenizers.TamingVQGAN", None),
     "maskgit_vqgan": ("softgen.tokenizers.MaskGITVQGAN", None),
     "titok": ("softgen.tokenizers.TiTok", None),
+    "vqgan_plus": ("softgen.tokenizers.VQGANPlusTokenizer", None),
 }
 
 M = TypeVar("M", bound=Pretrained)
@@ -186,7 +189,7 @@ def build(
     """
     prefixes = tuple(dropped)
     kept = {name: value for name, value in state.items() if not (prefixes and name.startswith(prefixes))}
-    with torch.device("meta"):
+    with _WithoutWeights():
         module = cls(**arguments)
     expected = module.state_dict()
     for name in optional:
@@ -200,12 +203,32 @@ def build(
     if dtype is not None:
         kept = {name: value.to(dtype) if value.is_floating_point() else value for name, value in kept.items()}
     module.load_state_dict(kept, strict=False, assign=True)
-    for parameter in module.parameters():
-        parameter.requires_grad_(True)
     module.restore_buffers()
     empty = [name for name, value in _tensors(module) if value.is_meta]
     assert not empty, f"restore_buffers of {cls.__name__} leaves out {', '.join(empty)}"
     return module.eval()
+
+
+class _WithoutWeights(TorchFunctionMode):
+    """Within, weights are neither allocated nor drawn; what a constructor computes, such as a buffer, is computed.
+
+    Under `torch.device("meta")` alone the first draw, or the first product, loads torch's compiler, which takes longer
+    than reading a large checkpoint.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        given = dict(kwargs or {})
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            return given["tensor"] if "tensor" in given else args[0]
+        if func in (Tensor.normal_, Tensor.uniform_):
+            return args[0]
+        if func in (torch.empty, torch.randn, torch.rand):
+            given.pop("generator", None)
+            hollow = torch.empty(*args, **{**given, "device": "meta"})
+            return hollow if func is torch.empty else torch.zeros((), dtype=hollow.dtype).expand(hollow.shape)
+        return func(*args, **given)
 
 
 def family_of(state: Mapping[str, Any]) -> str | None:

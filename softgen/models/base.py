@@ -76,12 +76,15 @@ class MaskedDiffusionModel(ImageCodeModel, ABC):
         mask_id: Token id that means "masked"; outside [0, K).
         embedding_dim: d, width of the vectors.
         num_layers: Layers that `taps` may name, 0 to num_layers - 1.
+        checkpoint_activations: Recompute the blocks in the backward pass instead of keeping their activations. May be
+            set at any time; a family that can do it sets it in its constructor.
     """
 
     num_tokens: int
     mask_id: int
     embedding_dim: int
     num_layers: int
+    checkpoint_activations: bool = False
 
     @abstractmethod
     def embed(self, tokens: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """One-step generators: a masked diffusion model and the initial tokens that it maps to an image in one pass."""
 
 import math
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -11,6 +11,8 @@ from softgen.masking import exact_mask
 from softgen.models.base import MaskedDiffusionModel
 from softgen.models.conditions import Condition
 from softgen.pretrained import Pretrained
+
+MaskUnit = Literal["site", "token"]
 
 
 class NoiseSource(UniformSource, Protocol):
@@ -34,6 +36,11 @@ class OneStepGenerator(Pretrained):
         noise: Weight s of the Gaussian noise on the initial embeddings, e <- s eps + sqrt(1 - s^2) e. In [0, 1].
         logit_scale: Multiplies the network's logits, above 0.
         metadata: Facts to keep with the weights (the teacher's guidance, the steps trained); JSON values.
+        mask_unit: What the share is counted in: `site`s, each masked on its own, or `token`s, all sites of a token
+            together. They differ only where a token has several sites, as in MaskBit.
+
+    Raises:
+        ValueError: If a number is out of range, or the sites do not divide evenly over the tokens.
     """
 
     def __init__(
@@ -44,16 +51,25 @@ class OneStepGenerator(Pretrained):
         noise: float = 0.1,
         logit_scale: float = 1.0,
         metadata: dict[str, Any] | None = None,
+        mask_unit: MaskUnit = "site",
     ) -> None:
         super().__init__()
         for name, value in (("r_init", r_init), ("noise", noise)):
             if not 0 <= value <= 1:
                 raise ValueError(f"generator.{name}: expected a number in [0, 1], got {value}")
         _check_scale(logit_scale, key="generator.logit_scale")
+        if mask_unit not in get_args(MaskUnit):
+            raise ValueError(f"generator.mask_unit: expected site or token, got {mask_unit!r}")
+        if mask_unit == "token" and model.num_sites % model.num_tokens:
+            raise ValueError(
+                f"generator.mask_unit: expected site, since {model.num_sites} sites are no multiple of "
+                f"{model.num_tokens} tokens, got 'token'"
+            )
         model.check(key="generator.model")
         self.model = model
         self.r_init = r_init
         self.noise = noise
+        self.mask_unit: MaskUnit = mask_unit
         self.metadata = dict(metadata or {})
         self.config = {
             "model": model,
@@ -61,6 +77,7 @@ class OneStepGenerator(Pretrained):
             "noise": noise,
             "logit_scale": logit_scale,
             "metadata": self.metadata,
+            "mask_unit": mask_unit,
         }
 
     @property
@@ -79,18 +96,24 @@ class OneStepGenerator(Pretrained):
         self.config["logit_scale"] = self.logit_scale * factor
 
     def init_tokens(self, noise: NoiseSource) -> Tensor:
-        """Draw x_init (B, N): exactly max(1, round(r_init N)) masks (none for r_init 0), random codes elsewhere."""
+        """Draw x_init (B, N): random codes, and exactly max(1, round(r_init n)) masks (none for r_init 0).
+
+        n is N, or with the mask unit `token` the number of tokens, whose sites are all masked.
+        """
         sites = self.model.num_sites
+        units = sites if self.mask_unit == "site" else self.model.num_tokens
         codes = noise.integers(self.model.num_codes, sites)
-        count = max(1, round(self.r_init * sites)) if self.r_init > 0 else 0
+        count = max(1, round(self.r_init * units)) if self.r_init > 0 else 0
         counts = torch.full(codes.shape[:1], count, device=codes.device)
-        return codes.masked_fill(exact_mask(counts, noise.uniform(sites)), self.model.mask_id)
+        masked = exact_mask(counts, noise.uniform(units)).repeat_interleave(sites // units, dim=1)
+        return codes.masked_fill(masked, self.model.mask_id)
 
     def init(self, noise: NoiseSource) -> Tensor:
         """Draw the input embeddings e_in (B, L, d): embedded x_init, perturbed by noise.
 
         Args:
-            noise: Draws, in this order: codes (B, N), mask positions (B, N), perturbation (B, L, d).
+            noise: Draws, in this order: codes (B, N), mask positions (B, N), or (B, L)
+                with the mask unit `token`, perturbation (B, L, d).
         """
         embeddings = self.model.embed(self.init_tokens(noise))
         if self.noise == 0:
