@@ -304,7 +304,7 @@ def _markdown(content: Mapping[str, Any]) -> str:
         "",
         f"`{content['command']}`: 174 million random weights, torch {versions['torch']}, Python {versions['python']}, "
         f"{content['system']}, no GPU. Every figure is a median over new processes, the least and the most beside it; "
-        "what is compared runs in turn.",
+        "what is compared runs in turn. Where seconds exceed CPU seconds, other processes had the core.",
         "",
         "## Opening the checkpoint",
         "",

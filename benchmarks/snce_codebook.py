@@ -358,9 +358,9 @@ def _markdown(content: Mapping[str, Any]) -> str:
         "",
         f"Seeds {', '.join(map(str, seeds))} of weights, batches, masks and samples; a row with one figure is seed "
         f"{seeds[0]} alone. Decoded MSE: held-out images of which half of the sites are hidden (ar: each site from "
-        "those before it), decoded with the expected code vector where a site was predicted. Hard NLL is -log p of the "
-        "very code, in nats: SNCE gets worse at it while its images get better, which is why it is no measure of it. "
-        "Seconds: wall time of the training on one thread, beside another.",
+        "those before it), decoded with the expected code vector where a site was predicted. Hard NLL is -log p of "
+        "the very code, in nats, which orders the objectives otherwise than their images do: no model is to be judged "
+        "by it. Seconds: wall time of the training on one thread, beside another.",
         "",
         "| ratio of mean Frechet distances | by seed | asked | holds |",
         "|---|---|---|---|",
