@@ -48,7 +48,8 @@ class SoftDiMO(Stage):
         temperature: Of the tokens that the student samples in training, above 0.
         sharpen: Divides the student's logits once, before training, for good; below 1 makes a blunt student sharp.
         freeze_embedding: Keep the student's token embedding as the teacher's.
-        teacher_dtype: Of the frozen teacher's weights; bfloat16 halves them, and needs the precision bf16-mixed.
+        teacher_dtype: Of the frozen teacher's weights; bfloat16 halves them, and needs the precision bf16-mixed. float32
+            leaves them as they are.
         compile_blocks: Compile the blocks of student, teacher and auxiliary model with `torch.compile`.
         checkpoint_activations: Recompute the blocks of student, teacher and auxiliary model in the backward pass
             instead of keeping their activations: less memory, more time. Of this run alone: the student's saved config
@@ -107,7 +108,8 @@ class SoftDiMO(Stage):
         self._smallest_gap = math.inf
         # Student and critics began as copies of the teacher: only now may it lose precision.
         self.teacher_dtype = teacher_dtype
-        self.teacher.to(getattr(torch, teacher_dtype))
+        if teacher_dtype == "bfloat16":
+            self.teacher.to(torch.bfloat16)
         for model in self._masked_models():
             if checkpoint_activations:
                 _recompute(model)

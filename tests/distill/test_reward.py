@@ -428,7 +428,7 @@ def test_reward_by_name() -> None:
     [
         (
             {"rewards": ["clap"]},
-            r"reward: expected one of classifier, clip.*, or the dotted path of a class, got 'clap'",
+            r"reward: expected one of aesthetic, classifier, clip.*, or the dotted path of a class, got 'clap'",
         ),
         (
             {"rewards": [Brightness(), Brightness()]},

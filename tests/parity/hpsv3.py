@@ -7,7 +7,7 @@ import torch
 from rewards.hpsv3 import HPSv3Reward
 from rewards.qwen_images import fitted_size, patch_rows
 from tests.parity.fixture import Family, Fixture, Outputs
-from tests.parity.rewards import _gradient
+from tests.parity.reward_models import _gradient
 
 _EIGHT_BIT = 0.02
 

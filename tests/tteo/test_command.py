@@ -75,5 +75,5 @@ def test_an_unknown_reward_is_answered_by_the_known_ones(
     with pytest.raises(SystemExit) as stop:
         main([f"--generator={folders[0]}", "--label=3", "--reward=nonsense", "--device=cpu"])
     assert stop.value.code == 2
-    message = "reward: expected one of classifier, clip, or the dotted path of a class, got 'nonsense'"
+    message = "reward: expected one of aesthetic, classifier, clip, hpsv2, hpsv3, imagereward, pickscore, or the dotted"
     assert message in capsys.readouterr().err
