@@ -48,8 +48,8 @@ class SoftDiMO(Stage):
         temperature: Of the tokens that the student samples in training, above 0.
         sharpen: Divides the student's logits once, before training, for good; below 1 makes a blunt student sharp.
         freeze_embedding: Keep the student's token embedding as the teacher's.
-        teacher_dtype: Of the frozen teacher's weights; bfloat16 halves them, and needs the precision bf16-mixed. float32
-            leaves them as they are.
+        teacher_dtype: Of the frozen teacher's weights; float32 leaves them as they are, bfloat16 halves them and needs
+            the precision bf16-mixed.
         compile_blocks: Compile the blocks of student, teacher and auxiliary model with `torch.compile`.
         checkpoint_activations: Recompute the blocks of student, teacher and auxiliary model in the backward pass
             instead of keeping their activations: less memory, more time. Of this run alone: the student's saved config

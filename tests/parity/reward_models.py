@@ -61,8 +61,9 @@ def pickscore(fixture: Fixture) -> Outputs:
     # Torchvision's crop rule, on the floats.
     loose = _with_crop(reward)
     yield "pixel_values_tensor", loose.preprocessing(fixture["image_uint8"] / 255), _EIGHT_BIT
+    size = fixture.config["image_size"]
     yield "score_tensor", reward.score(fixture["pixel_values_tensor"], unit)
-    yield "grad_image", _gradient(lambda x: loose.score(_plain(x, 56), unit), fixture["image_uint8"] / 255)
+    yield "grad_image", _gradient(lambda x: loose.score(_plain(x, size), unit), fixture["image_uint8"] / 255)
 
 
 def _with_crop(reward: PickScoreReward) -> PickScoreReward:
