@@ -18,9 +18,9 @@ from softgen.relaxation.streaming import finite_bias, row_products, spans
 # Codes at a time, so that what is done to a score finds it in a core's cache.
 _CODE_BLOCK = 1024
 # Scores of one block of tokens: 64 MiB in float32. The gradient of the weight is read and written once a block, so
-# that too few tokens in a block cost time; beyond 128 there is nothing to gain on a CPU.
+# that too few tokens in a block cost time; beyond 96 there is nothing to gain on a CPU.
 _SCORES = 2**24
-_MIN_TOKENS, _MAX_TOKENS = 32, 128
+_MIN_TOKENS, _MAX_TOKENS = 32, 96
 
 
 class _Target(Protocol):
