@@ -169,9 +169,13 @@ DEMANDS = (
 
 def forward_backward(case: Case, name: str, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     """The row's output, and the gradients of hidden states and head."""
+    leaves = (inputs.hidden, inputs.weight)
     out = ROWS[case.operator][name](inputs)
-    upstream = inputs.upstream if out.ndim else None
-    of_hidden, of_weight = torch.autograd.grad(out, (inputs.hidden, inputs.weight), upstream)
+    out.backward(inputs.upstream if out.ndim else None)
+    of_hidden, of_weight = (leaf.grad for leaf in leaves)
+    assert of_hidden is not None and of_weight is not None
+    for leaf in leaves:
+        leaf.grad = None
     return out.detach(), of_hidden, of_weight
 
 
@@ -259,6 +263,7 @@ def codebook_attention(
     large_rounds: int = 3,
     seed: int = 0,
     out: str = str(RESULTS),
+    note: str = "",
 ) -> None:
     """Measure every row of the chosen shapes, and write the tables.
 
@@ -268,6 +273,7 @@ def codebook_attention(
         large_rounds: The same for more than 100,000 codes.
         seed: Of the inputs.
         out: Folder of codebook_attention.json and .md.
+        note: What else a reader must know of these runs; goes into the table.
     """
     if not shapes or not set(shapes) <= set(range(len(CASES))):
         raise ValueError(f"shapes: expected some of 0 to {len(CASES) - 1}, got {shapes}")
@@ -285,6 +291,7 @@ def codebook_attention(
         "threads": 1,
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
         "system": f"{platform.system()} {platform.machine()}",
+        "note": note,
         "cases": cases,
         "claims": claims(cases),
     }
@@ -332,11 +339,12 @@ def _markdown(content: Mapping[str, Any]) -> str:
         "",
         "Peak memory is the most that a process holds above its inputs, gradients of hidden states and head included: "
         "VmHWM, reset before, less VmRSS before; each round in a process of its own. glibc keeps freed blocks of up to "
-        "32 MiB in pieces that the next block may not fit in, so that small peaks differ from process to process; with "
+        "32 MiB in pieces that the next block may not fit in, so that peaks differ from process to process; with "
         "nothing kept, each block above 128 KiB goes back to the system at once (mallopt), and the peak is what the "
         "row itself holds."
         if measured
         else "Peak memory was not measured: that takes Linux with glibc.",
+        *(["", content["note"]] if content.get("note") else []),
     ]
     for case in content["cases"]:
         lines += ["", f"## {case['title']}", "", *_table(case)]
