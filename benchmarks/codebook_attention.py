@@ -173,7 +173,8 @@ def forward_backward(case: Case, name: str, inputs: Inputs) -> tuple[Tensor, Ten
     out = ROWS[case.operator][name](inputs)
     out.backward(inputs.upstream if out.ndim else None)
     of_hidden, of_weight = (leaf.grad for leaf in leaves)
-    assert of_hidden is not None and of_weight is not None
+    assert of_hidden is not None
+    assert of_weight is not None
     for leaf in leaves:
         leaf.grad = None
     return out.detach(), of_hidden, of_weight
