@@ -6,15 +6,14 @@ from typing import Any, Protocol
 
 import torch
 from lightning.pytorch import LightningDataModule
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
 from softgen.random import derive_seed
 
 Batch = dict[str, Any]
 """A batch: `ordinal` (list of B ints, each sample's number in the run's global order), `index` (list of B
-ints) and, as the data has them, `image` (B, 3, H, W) float32 in [0, 1], `label` (B,) int64, `token` (B, N)
-int64."""
+ints) and, as the data has them, `image` (B, 3, H, W) float32 in [0, 1], `label` (B,) int64, `prompt` (list of B
+strings), `token` (B, N) int64."""
 
 
 class SampleSource(Protocol):
@@ -22,8 +21,8 @@ class SampleSource(Protocol):
 
     def __len__(self) -> int: ...
 
-    def fetch(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        """The samples at `indices`, each field stacked along the first dimension."""
+    def fetch(self, indices: Sequence[int]) -> dict[str, Any]:
+        """The samples at `indices`: each field a tensor with one row a sample, or a list with one string each."""
         ...
 
 
@@ -153,12 +152,14 @@ class ImageDataModule(LightningDataModule):
     Attributes:
         image_size: Height and width of the images in pixels.
         num_classes: Number of classes, or 0 where there are no labels.
-        has_images: Whether batches hold images or tokens, not labels alone.
+        has_images: Whether batches hold images or tokens, not labels or prompts alone.
+        has_prompts: Whether batches hold prompts.
     """
 
     image_size: int
     num_classes: int
     has_images: bool = True
+    has_prompts: bool = False
 
     def __init__(self, *, batch_size: int = 64, num_workers: int = 0, seed: int = 0) -> None:
         super().__init__()
