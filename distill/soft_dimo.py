@@ -17,13 +17,14 @@ from softgen.categorical import sample_categorical
 from softgen.data.base import Batch, ImageDataModule
 from softgen.loading import check_compatible, check_same_sites, load_generator, load_model, load_tokenizer
 from softgen.models.base import MaskedDiffusionModel
-from softgen.models.conditions import Condition
+from softgen.models.conditions import Asked, Condition
 from softgen.models.generator import MaskUnit, OneStepGenerator
+from softgen.models.text import freeze_text_encoder
 from softgen.pretrained import CONFIG_NAME, Pretrained, resolve_folder
 from softgen.relaxation import decoding_gap, probabilities, sharpness
 from softgen.tokenizers.base import ImageTokenizer
 from softgen.training.optimization import OptimizerConfig, ParameterGroup
-from softgen.training.stage import Stage, check_images, check_num_classes
+from softgen.training.stage import Stage, check_conditions, check_images
 
 _GAP_GROWTH = 1.5
 _R_INIT, _NOISE = 0.6, 0.1  # published
@@ -92,6 +93,7 @@ class SoftDiMO(Stage):
         self.student = _open_student(student, self.teacher, r_init=r_init, noise=noise, mask_unit=mask_unit)
         self.student.scale_logits(1 / sharpen)
         self.student.requires_grad_().train()
+        freeze_text_encoder(self.student.model)
         if freeze_embedding:
             for parameter in self.student.model.embedding_parameters():
                 parameter.requires_grad = False
@@ -212,7 +214,7 @@ class SoftDiMO(Stage):
 
     def check_data(self, data: ImageDataModule) -> None:
         """The classes must be the teacher's; objectives that look at real images must get some."""
-        check_num_classes(data, self.teacher.num_classes)
+        check_conditions(data, self.teacher)
         for objective in self._objectives():
             if not objective.needs_images:
                 continue
@@ -240,13 +242,15 @@ class SoftDiMO(Stage):
 
     def _student_pass(self, batch: Batch) -> DistillState:
         noise = self.noise(batch, "student")
-        condition = self._condition(batch)
+        asked = self.asked_of(batch, self.teacher)
+        condition = self._encode(asked)
         logits = self.student(self.student.init(noise), condition)
         tokens = sample_categorical(logits.detach(), noise, temperature=self.temperature)
         return DistillState(
             student=self.student,
             teacher=self.teacher,
             tokenizer=self.tokenizer,
+            asked=asked,
             condition=condition,
             logits=logits,
             tokens=tokens,
@@ -256,8 +260,10 @@ class SoftDiMO(Stage):
             noise=lambda stream: self.noise(batch, stream),
         )
 
-    def _condition(self, batch: Batch) -> Condition:
-        return self.condition_of(batch, self.teacher)
+    @torch.no_grad()
+    def _encode(self, asked: Asked) -> Condition:
+        """Once a step, by the teacher: student and auxiliary keep its text encoder as it is."""
+        return self.teacher.encode(asked)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """While critics learn alone, the student has no gradient: Adam leaves it and its moments as they are."""
@@ -281,7 +287,7 @@ class SoftDiMO(Stage):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """How sharp the student is, and how far its soft decoding is from its samples."""
         noise = self.noise(batch, "validation")
-        logits = self.student.logits(self.student.init(noise), self._condition(batch))
+        logits = self.student.logits(self.student.init(noise), self._encode(self.asked_of(batch, self.teacher)))
         table = self.tokenizer.codebook if self.tokenizer is not None else None
         measured = sharpness(logits, table)
         values = {
@@ -318,7 +324,7 @@ class SoftDiMO(Stage):
         if self.tokenizer is None:
             return None
         small = {**batch, "ordinal": batch["ordinal"][:32]}
-        condition = self._condition(batch)[: len(small["ordinal"])]
+        condition = self._encode(self.asked_of(batch, self.teacher))[: len(small["ordinal"])]
         return self.tokenizer.decode(self.student.sample(condition, self.noise(small, "preview")))
 
 

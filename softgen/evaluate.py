@@ -21,7 +21,7 @@ from softgen.models.generator import OneStepGenerator
 from softgen.pretrained import Pretrained
 from softgen.sample import backbone_of, check_finite, check_positive, check_writable, choose_device
 from softgen.sampling import AutoregressiveSampler, HaltonSampler, MaskGITSampler, reveal_counts
-from softgen.training.stage import check_num_classes
+from softgen.training.stage import check_conditions
 
 PROGRAM = "softgen.evaluate"
 
@@ -127,7 +127,7 @@ def evaluate(
         assert data is not None
         if extractor is None:
             raise ValueError("extractor: expected the folder of a classifier to go with data, got none")
-        check_num_classes(data, backbone.num_classes)
+        check_conditions(data, backbone)
         protocol = small_protocol(data, name=Path(extractor).name, epochs=8, folder=extractor)
     rows = []
     labels = balanced_labels(n, num_classes=backbone.num_classes)

@@ -10,13 +10,14 @@ from tqdm.auto import tqdm
 
 from softgen.models.autoregressive import AutoregressiveTransformer
 from softgen.models.base import MaskedDiffusionModel
+from softgen.models.conditions import Asked
 from softgen.models.generator import OneStepGenerator
 from softgen.random import SampleRandom, derive_seed
 from softgen.sampling import AutoregressiveSampler, Sampler
 from softgen.tokenizers.base import ImageTokenizer
 
-TokenSource = Callable[[Tensor, SampleRandom], Tensor]
-"""Maps labels (B,) and their noise to tokens (B, N)."""
+TokenSource = Callable[[Asked, SampleRandom], Tensor]
+"""Maps labels (B,) or B prompts, and their noise, to tokens (B, N)."""
 
 
 @dataclass(frozen=True)
@@ -29,44 +30,46 @@ class Generated:
 
 def teacher_tokens(model: MaskedDiffusionModel, sampler: Sampler) -> TokenSource:
     """Tokens of a masked diffusion model, by a multi-step sampler."""
-    return lambda labels, noise: sampler(model, model.encode(labels), noise)
+    return lambda asked, noise: sampler(model, model.encode(asked), noise)
 
 
 def autoregressive_tokens(model: AutoregressiveTransformer, sampler: AutoregressiveSampler) -> TokenSource:
     """Tokens of an autoregressive model, site after site."""
-    return lambda labels, noise: sampler(model, model.encode(labels), noise)
+    return lambda asked, noise: sampler(model, model.encode(asked), noise)
 
 
 def one_step_tokens(generator: OneStepGenerator, *, temperature: float = 1.0) -> TokenSource:
     """Tokens by one pass of a generator."""
-    return lambda labels, noise: generator.sample(generator.model.encode(labels), noise, temperature=temperature)
+    return lambda asked, noise: generator.sample(generator.model.encode(asked), noise, temperature=temperature)
 
 
 @torch.inference_mode()
 def generate(
     tokens_of: TokenSource,
     tokenizer: ImageTokenizer,
-    labels: Tensor,
+    asked: Asked,
     *,
     seed: int,
     batch_size: int = 256,
     progress: str | None = None,
 ) -> Generated:
-    """Sample one image a label.
+    """Sample one image a label, or a prompt.
 
     Args:
         tokens_of: From `teacher_tokens` or `one_step_tokens`.
         tokenizer: Decodes the tokens; its device is used throughout.
-        labels: (n,) int64.
+        asked: Labels (n,) int64, or n prompts.
         seed: Image i depends on (seed, i) alone.
         batch_size: Images a pass.
         progress: Text of a progress bar; None shows none.
     """
     device = tokenizer.codebook.device
     images, seconds = [], 0.0
-    for ordinals in tqdm(list(_slices(len(labels), batch_size)), desc=progress, disable=progress is None):
+    for ordinals in tqdm(list(_slices(len(asked), batch_size)), desc=progress, disable=progress is None):
         noise = SampleRandom(derive_seed(seed, "generate"), ordinals, device=device)
-        batch = labels[ordinals.start : ordinals.stop].to(device)
+        batch = asked[ordinals.start : ordinals.stop]
+        if isinstance(batch, Tensor):
+            batch = batch.to(device)
         start = time.perf_counter()
         tokens = tokens_of(batch, noise)
         _wait(device)

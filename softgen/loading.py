@@ -62,3 +62,5 @@ def check_same_sites(model: MaskedDiffusionModel, teacher: MaskedDiffusionModel,
         expected, got = getattr(teacher, name), getattr(model, name)
         if expected != got:
             raise ValueError(f"{key}.{name}: expected {expected} as the teacher has, got {got}")
+    if (model.text_encoder is None) != (teacher.text_encoder is None) or model.condition_dim != teacher.condition_dim:
+        raise ValueError(f"{key}.text_encoder: expected one as the teacher has, got another or none")

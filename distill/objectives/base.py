@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from softgen.data.base import Batch
 from softgen.models.base import MaskedDiffusionModel
-from softgen.models.conditions import Condition
+from softgen.models.conditions import Asked, Condition
 from softgen.models.generator import OneStepGenerator
 from softgen.pretrained import Pretrained
 from softgen.random import SampleRandom
@@ -30,7 +30,8 @@ class DistillState:
         student: The generator in training.
         teacher: Frozen; gradients reach its inputs, never its weights.
         tokenizer: Frozen, or None where no objective asked for images.
-        condition: B samples.
+        asked: Labels (B,) or B prompts; zeros for an unconditional model.
+        condition: The same, as the models take it.
         logits: The student's, (B, N, K), with gradient.
         tokens: Codes sampled from them, (B, N).
         batch: What the data module gave.
@@ -42,6 +43,7 @@ class DistillState:
     student: OneStepGenerator
     teacher: MaskedDiffusionModel
     tokenizer: ImageTokenizer | None
+    asked: Asked
     condition: Condition
     logits: Tensor
     tokens: Tensor

@@ -15,6 +15,7 @@ from softgen.guidance import check_guidance, guided_logits
 from softgen.loading import check_same_sites, load_model
 from softgen.masking import MaskLaw, draw_mask_ratio, exact_mask, mask_counts
 from softgen.models.base import MaskedDiffusionModel
+from softgen.models.text import freeze_text_encoder
 from softgen.pretrained import Pretrained
 from softgen.tokenizers.base import ImageTokenizer
 from softgen.training.optimization import OptimizerConfig, ParameterGroup
@@ -103,6 +104,7 @@ class DiMO(Objective):
             self.auxiliary = load_model(self.auxiliary_source, key="DiMO.auxiliary")
             check_same_sites(self.auxiliary, teacher, key="DiMO.auxiliary")
         self.auxiliary.requires_grad_().train()
+        freeze_text_encoder(self.auxiliary)
         if self.freeze_embedding:
             for parameter in self.auxiliary.embedding_parameters():
                 parameter.requires_grad = False

@@ -20,6 +20,7 @@ from rewards.probe import probe_reward
 from rewards.registry import build
 from softgen.metrics.hacking import colour_entropy, diversity, saturation
 from softgen.models.base import MaskedDiffusionModel
+from softgen.models.conditions import Asked, split_asked
 from softgen.relaxation import Relaxation
 from softgen.tokenizers.base import ImageTokenizer
 
@@ -28,8 +29,9 @@ class Reward(Objective):
     """L_reward = -mean over the batch of sum_i w_i R_i(decode(softmax(z) E_decoder), condition).
 
     Beside each reward, as `score_<name>`, it logs the signs of reward hacking: saturation and entropy of the colours,
-    and the mean distance between decoder embeddings of one class (diversity). Now and then it scores the decoding of
-    the sampled codes too, as `hard_score_<name>`: a gap to `score_<name>` means that the student climbs the softness.
+    and the mean distance between decoder embeddings, of one class where there are classes (diversity). Now and then it
+    scores the decoding of the sampled codes too, as `hard_score_<name>`: a gap to `score_<name>` means that the student
+    climbs the softness.
 
     Args:
         rewards: What is climbed: reward models, or names that `python -m rewards list` shows, for those that need no
@@ -102,19 +104,20 @@ class Reward(Objective):
     def setup(self, teacher: MaskedDiffusionModel, tokenizer: ImageTokenizer | None) -> None:
         """Probe every reward before anything is trained; those that are climbed with a gradient."""
         assert tokenizer is not None
-        labels = torch.tensor([0, max(0, teacher.num_classes - 1)])
+        asked: Asked = torch.tensor([0, max(0, teacher.num_classes - 1)])
+        if teacher.text_encoder is not None:
+            asked = ["a picture", "another picture"]
         for name, reward in self._frozen.items():
             assert isinstance(reward, RewardModel)
-            probe_reward(reward, image_size=tokenizer.image_size, conditions=labels, gradient=name == "rewards")
+            probe_reward(reward, image_size=tokenizer.image_size, conditions=asked, gradient=name == "rewards")
 
     def forward(self, state: DistillState) -> ObjectiveLosses:
         """Decode, score, and take the gradient at the decoder embeddings, one micro-batch after the other."""
         assert state.tokenizer is not None
         embeddings = state.tokenizer.embed_soft(self._probabilities(state))
-        conditions = self._conditions(state)
         size = self.micro_batch or len(embeddings)
         images, scores, gradients = [], [], []
-        for part, asked in zip(torch.split(embeddings.detach(), size), torch.split(conditions, size), strict=True):
+        for part, asked in zip(torch.split(embeddings.detach(), size), split_asked(state.asked, size), strict=True):
             with torch.enable_grad():
                 leaf = part.requires_grad_()
                 decoded = self._decode(state.tokenizer, leaf)
@@ -126,10 +129,10 @@ class Reward(Objective):
         means = {name: torch.cat([part[name] for part in scores]) for name in self.rewards.names}
         value = -self.rewards.combine(means).mean()
         logs = {f"score_{name}": score.float().mean() for name, score in means.items()}
-        logs.update(self._watch(torch.cat(images), embeddings.detach(), conditions))
+        logs.update(self._watch(torch.cat(images), embeddings.detach(), state.asked))
         # Counted as Lightning counts the steps that it logs.
         if (state.step + 1) % self.held_out_every == 0:
-            logs.update(self._look_at_samples(state, conditions))
+            logs.update(self._look_at_samples(state))
         return ObjectiveLosses(generator=with_value_and_gradient(embeddings, torch.cat(gradients), value), logs=logs)
 
     def _probabilities(self, state: DistillState) -> Tensor:
@@ -138,13 +141,6 @@ class Reward(Objective):
             uniform = state.noise("reward_relaxation").uniform(*state.logits.shape[1:])
         return self.relaxation.relax(state.logits, tokens=state.tokens, uniform=uniform, step=state.student_step)
 
-    def _conditions(self, state: DistillState) -> Tensor:
-        """The batch's labels (B,); zeros for a model without classes."""
-        if state.teacher.num_classes == 0:
-            return torch.zeros(len(state.logits), dtype=torch.long, device=state.logits.device)
-        labels: Tensor = state.batch["label"]
-        return labels
-
     def _decode(self, tokenizer: ImageTokenizer, embeddings: Tensor) -> Tensor:
         if self.checkpoint_decoder:
             decoded: Tensor = checkpoint(tokenizer.decode_embeddings, embeddings, use_reentrant=False)
@@ -152,20 +148,20 @@ class Reward(Objective):
         return tokenizer.decode_embeddings(embeddings)
 
     @torch.no_grad()
-    def _watch(self, images: Tensor, embeddings: Tensor, conditions: Tensor) -> dict[str, Tensor]:
+    def _watch(self, images: Tensor, embeddings: Tensor, asked: Asked) -> dict[str, Tensor]:
         return {
             "saturation": saturation(images),
             "colour_entropy": colour_entropy(images),
-            "diversity": diversity(embeddings, conditions),
+            "diversity": diversity(embeddings, asked if isinstance(asked, Tensor) else None),
         }
 
     @torch.no_grad()
-    def _look_at_samples(self, state: DistillState, conditions: Tensor) -> dict[str, Tensor]:
+    def _look_at_samples(self, state: DistillState) -> dict[str, Tensor]:
         """Every reward on the decoding of the sampled codes."""
         assert state.tokenizer is not None
-        size = self.micro_batch or len(conditions)
+        size = self.micro_batch or len(state.tokens)
         parts: dict[str, list[Tensor]] = {}
-        for tokens, asked in zip(torch.split(state.tokens, size), torch.split(conditions, size), strict=True):
+        for tokens, asked in zip(torch.split(state.tokens, size), split_asked(state.asked, size), strict=True):
             images = state.tokenizer.decode(tokens)
             for name, scores in self.rewards.scores(images, asked).items():
                 parts.setdefault(f"hard_score_{name}", []).append(scores)

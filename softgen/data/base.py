@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -23,6 +23,15 @@ class SampleSource(Protocol):
 
     def fetch(self, indices: Sequence[int]) -> dict[str, Any]:
         """The samples at `indices`: each field a tensor with one row a sample, or a list with one string each."""
+        ...
+
+
+@runtime_checkable
+class PromptSource(Protocol):
+    """A sample source whose prompts can be had without its images."""
+
+    def prompts(self, indices: Sequence[int]) -> list[str]:
+        """The prompts of the samples at `indices`."""
         ...
 
 
@@ -188,6 +197,15 @@ class ImageDataModule(LightningDataModule):
     def val_source(self) -> SampleSource:
         """The held-out samples."""
         return self._loaded().val
+
+    def captions(self, limit: int = 20_000) -> list[str]:
+        """The prompts of the first training samples, from which a text encoder learns its words."""
+        source = self.train_source()
+        indices = range(min(limit, len(source)))
+        if isinstance(source, PromptSource):
+            return source.prompts(indices)
+        parts = (source.fetch(indices[first : first + 256])["prompt"] for first in range(0, len(indices), 256))
+        return [prompt for part in parts for prompt in part]
 
     def _loaded(self) -> TrainVal:
         if self._sources is None:

@@ -2,10 +2,11 @@
 
 from softgen.models.autoregressive import AutoregressiveTransformer
 from softgen.models.base import ImageCodeModel, MaskedDiffusionModel, ModelOutput
-from softgen.models.conditions import ClassCondition, Condition
+from softgen.models.conditions import ClassCondition, Condition, TextCondition
 from softgen.models.generator import OneStepGenerator
 from softgen.models.maskbit import MaskBit
 from softgen.models.maskgit import MaskGIT
+from softgen.models.text import TextEncoder, WordTextEncoder
 from softgen.models.titok_generators import ImageBert, UViTBert
 from softgen.models.transformer import MaskedTransformer
 
@@ -21,5 +22,8 @@ __all__ = [
     "MaskedTransformer",
     "ModelOutput",
     "OneStepGenerator",
+    "TextCondition",
+    "TextEncoder",
     "UViTBert",
+    "WordTextEncoder",
 ]

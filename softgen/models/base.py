@@ -9,13 +9,16 @@ Shape legend: B batch, N sites, K codes, L vectors of width d.
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from softgen.models.conditions import ClassCondition, Condition
+from softgen.models.conditions import Asked, ClassCondition, Condition, TextCondition
 from softgen.pretrained import Pretrained
+
+if TYPE_CHECKING:
+    from softgen.models.text import TextEncoder
 
 
 @dataclass(frozen=True)
@@ -56,9 +59,25 @@ class ImageCodeModel(Pretrained, ABC):
     num_classes: int = 0
     has_null_condition: bool = True
 
-    def encode(self, labels: Tensor) -> Condition:
-        """Make the condition from class labels, (B,) int64."""
-        return ClassCondition.of(labels)
+    @property
+    def text_encoder(self) -> "TextEncoder | None":
+        """What reads the prompts of a text-conditional model; None for a class-conditional one."""
+        return None
+
+    def encode(self, asked: Asked) -> Condition:
+        """Make the condition from class labels, (B,) of any integer type, or from B prompts.
+
+        Raises:
+            ValueError: Prompts for a class-conditional model, labels for a text-conditional one, or no such class.
+        """
+        if self.text_encoder is not None:
+            if isinstance(asked, Tensor):
+                raise ValueError("conditions: expected prompts, since this model is text-conditional, got class labels")
+            condition: Condition = self.text_encoder(asked)
+            return condition
+        if not isinstance(asked, Tensor):
+            raise ValueError("conditions: expected class labels, since this model is class-conditional, got prompts")
+        return ClassCondition.of(asked.long())
 
     def check(self, *, key: str) -> None:
         """Refuse a model that contradicts itself.
@@ -164,10 +183,15 @@ class MaskedDiffusionModel(ImageCodeModel, ABC):
     @property
     def condition_dim(self) -> int:
         """c, width of the pooled condition."""
-        return self.num_classes + 1
+        return self.num_classes + 1 if self.text_encoder is None else self.text_encoder.pooled_width
 
     def pool(self, condition: Condition) -> Tensor:
-        """The condition as one vector a sample, (B, c), for networks beside the model: one-hot classes, null last."""
+        """The condition as one vector a sample, (B, c), for networks beside the model.
+
+        One-hot classes, null last; or the pooled text, 0 where it is dropped.
+        """
+        if isinstance(condition, TextCondition):
+            return condition.pooled.masked_fill(condition.dropped.unsqueeze(-1), 0)
         assert isinstance(condition, ClassCondition)
         labels = condition.labels.masked_fill(condition.dropped, self.num_classes)
         return F.one_hot(labels, self.condition_dim).float()

@@ -77,6 +77,33 @@ class SelfAttention(nn.Module):
         return mixed
 
 
+class CrossAttention(nn.Module):
+    """Multi-head attention over another sequence.
+
+    Args:
+        width: Model width d, a multiple of `heads`.
+        heads: Attention heads.
+        context_width: c, of the vectors looked at.
+    """
+
+    def __init__(self, width: int, *, heads: int, context_width: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query = nn.Linear(width, width)
+        self.key_value = nn.Linear(context_width, 2 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor) -> Tensor:
+        """Map (B, L, d) to (B, L, d), looking at context (B, T, c) where the mask (B, T) is True."""
+        batch, _, width = x.shape
+        query = self.query(x).view(batch, -1, self.heads, width // self.heads).transpose(1, 2)
+        pairs = self.key_value(context).view(batch, -1, 2, self.heads, width // self.heads)
+        key, value = pairs.permute(2, 0, 3, 1, 4).unbind(0)
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None, None])
+        mixed: Tensor = self.out(attended.transpose(1, 2).reshape(batch, -1, width))
+        return mixed
+
+
 class FeedForward(nn.Module):
     """Linear, activation, linear.
 
@@ -133,21 +160,49 @@ class TransformerBlock(nn.Module):
         mlp_ratio: Inner width of the feed-forward as a multiple of d.
         activation: Name of the feed-forward's activation.
         causal: Whether a position sees itself and those before it alone.
+        context_width: c, of the text states that the block looks at between the two; 0 for a block without.
     """
 
-    def __init__(self, width: int, *, heads: int, mlp_ratio: float, activation: str, causal: bool = False) -> None:
+    def __init__(
+        self,
+        width: int,
+        *,
+        heads: int,
+        mlp_ratio: float,
+        activation: str,
+        causal: bool = False,
+        context_width: int = 0,
+    ) -> None:
         super().__init__()
         self.norm_attention = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.attention = SelfAttention(width, heads=heads, causal=causal)
+        if context_width:
+            self.norm_context = nn.LayerNorm(width, eps=1e-6)
+            self.context_attention = CrossAttention(width, heads=heads, context_width=context_width)
         self.norm_mlp = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.mlp = FeedForward(width, hidden=int(width * mlp_ratio), activation=activation)
         self.modulation = Modulation(width, chunks=6)
 
-    def forward(self, x: Tensor, condition: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        """Map x (B, L, d) under the condition (B, d) to (B, L, d); see `SelfAttention` for the cache."""
+    def forward(
+        self,
+        x: Tensor,
+        condition: Tensor,
+        cache: KeyValueCache | None = None,
+        context: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """Map x (B, L, d) under the condition (B, d) to (B, L, d).
+
+        Args:
+            x: (B, L, d).
+            condition: What modulates the block, (B, d).
+            cache: See `SelfAttention`.
+            context: Of a block with `context_width`: text states (B, T, c) and their mask (B, T).
+        """
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(condition)
         attended = self.attention(modulate(self.norm_attention(x), shift=shift_a, scale=scale_a), cache)
         x = torch.addcmul(x, 1 + gate_a, attended)
+        if context is not None:
+            x = x + self.context_attention(self.norm_context(x), *context)
         fed = self.mlp(modulate(self.norm_mlp(x), shift=shift_m, scale=scale_m))
         return torch.addcmul(x, 1 + gate_m, fed)
 
@@ -174,9 +229,10 @@ def reset_transformer(blocks: nn.ModuleList, head: nn.Linear) -> None:
     """Fresh weights of the blocks' linear layers and of the output layer; modulations keep their identity start."""
     for block in blocks:
         assert isinstance(block, TransformerBlock)
-        for linear in (block.attention.qkv, block.attention.out, block.mlp.expand, block.mlp.project):
-            nn.init.xavier_uniform_(linear.weight)
-            nn.init.zeros_(linear.bias)
+        for linear in block.modules():
+            if isinstance(linear, nn.Linear) and linear is not block.modulation.linear:
+                nn.init.xavier_uniform_(linear.weight)
+                nn.init.zeros_(linear.bias)
     nn.init.normal_(head.weight, std=0.02)
     nn.init.zeros_(head.bias)
 

@@ -9,6 +9,9 @@ from torch import Tensor
 
 C = TypeVar("C", bound="Condition")
 
+Asked = Tensor | Sequence[str]
+"""What a caller asks for, before it is encoded: class labels (B,) int64, or B prompts."""
+
 
 @dataclass(frozen=True)
 class Condition:
@@ -57,3 +60,29 @@ class ClassCondition(Condition):
     def of(cls, labels: Tensor) -> "ClassCondition":
         """Labels with nothing dropped."""
         return cls(dropped=torch.zeros_like(labels, dtype=torch.bool), labels=labels)
+
+
+@dataclass(frozen=True)
+class TextCondition(Condition):
+    """Encoded prompts.
+
+    Attributes:
+        states: One vector a text token, (B, T, c).
+        mask: True where there is a token, (B, T) bool; False is padding.
+        pooled: One vector a prompt, (B, p).
+    """
+
+    states: Tensor
+    mask: Tensor
+    pooled: Tensor
+
+    @classmethod
+    def of(cls, states: Tensor, mask: Tensor, pooled: Tensor) -> "TextCondition":
+        """Encoded prompts with nothing dropped."""
+        dropped = torch.zeros(len(states), dtype=torch.bool, device=states.device)
+        return cls(dropped=dropped, states=states, mask=mask, pooled=pooled)
+
+
+def split_asked(asked: Asked, size: int) -> list[Asked]:
+    """Labels or prompts in parts of `size`, the last one maybe shorter."""
+    return [asked[first : first + size] for first in range(0, len(asked), size)]

@@ -215,10 +215,6 @@ class MaskBit(MaskedDiffusionModel):
         size = self.config["bits"] // self.config["codebook_splits"]
         self.codes = _site_bits(size).to(self.input_proj.weight)
 
-    def encode(self, labels: Tensor) -> Condition:
-        """Make the condition from class labels, (B,) of any integer type."""
-        return ClassCondition.of(labels.long())
-
     def embed(self, tokens: Tensor) -> Tensor:
         """See the base class: the bits of every token, zeros where a group is masked."""
         check_token_range(tokens, self.mask_id)

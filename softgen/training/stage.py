@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from softgen.data.base import Batch, ImageDataModule
 from softgen.data.token_cache import TokenCache
 from softgen.models.base import ImageCodeModel
-from softgen.models.conditions import Condition
+from softgen.models.conditions import Asked
 from softgen.pretrained import Pretrained, fingerprint
 from softgen.random import SampleRandom, derive_seed
 from softgen.tokenizers.base import ImageTokenizer
@@ -102,11 +102,15 @@ class Stage(LightningModule, ABC):
         """This batch's draws of one named stream; a function of (seed, stream, sample's ordinal)."""
         return SampleRandom(derive_seed(self.seed, stream), batch["ordinal"], device=self.device)
 
-    def condition_of(self, batch: Batch, model: ImageCodeModel) -> Condition:
-        """The batch's condition for a model; an unconditional model gets a placeholder."""
+    def asked_of(self, batch: Batch, model: ImageCodeModel) -> Asked:
+        """What the batch asks of a model: its prompts or labels; zeros (B,) of an unconditional model."""
+        if model.text_encoder is not None:
+            prompts: list[str] = batch["prompt"]
+            return prompts
         if model.num_classes == 0:
-            return model.encode(torch.zeros(len(batch["ordinal"]), dtype=torch.long, device=self.device))
-        return model.encode(batch["label"])
+            return torch.zeros(len(batch["ordinal"]), dtype=torch.long, device=self.device)
+        labels: Tensor = batch["label"]
+        return labels
 
     def report(self, batch: Batch, losses: Mapping[str, Tensor], logs: Mapping[str, Tensor]) -> Tensor:
         """Log a step and return the summed loss. All of its values are watched for NaN and infinity."""
@@ -215,7 +219,9 @@ def check_image_size(data: ImageDataModule, tokenizer: ImageTokenizer) -> None:
         )
 
 
-def check_num_classes(data: ImageDataModule, num_classes: int) -> None:
-    """Raise ValueError unless the data has the model's classes; an unconditional model takes any."""
-    if num_classes and data.num_classes != num_classes:
-        raise ValueError(f"data.num_classes: expected {num_classes} as the model has, got {data.num_classes}")
+def check_conditions(data: ImageDataModule, model: ImageCodeModel) -> None:
+    """Raise ValueError unless the data has the model's classes, or prompts; an unconditional model takes any."""
+    if model.text_encoder is not None and not data.has_prompts:
+        raise ValueError(f"data: expected prompts, since the model is text-conditional, got a {type(data).__name__}")
+    if model.num_classes and data.num_classes != model.num_classes:
+        raise ValueError(f"data.num_classes: expected {model.num_classes} as the model has, got {data.num_classes}")

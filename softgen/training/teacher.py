@@ -2,7 +2,8 @@
 
 import sys
 from dataclasses import dataclass
-from typing import Literal
+from itertools import zip_longest
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -16,6 +17,7 @@ from softgen.models.autoregressive import AutoregressiveTransformer
 from softgen.models.base import LinearHead, MaskedDiffusionModel
 from softgen.models.blocks import embed_codebook
 from softgen.models.conditions import Condition
+from softgen.models.text import WordTextEncoder
 from softgen.models.transformer import MaskedTransformer
 from softgen.pretrained import Pretrained
 from softgen.random import SampleRandom, derive_seed
@@ -23,7 +25,7 @@ from softgen.relaxation import DENSE_LIMIT, Distance, Impl, NeighbourTable, auto
 from softgen.sampling import AutoregressiveSampler, MaskGITSampler
 from softgen.tokenizers.base import ImageTokenizer
 from softgen.training.optimization import OptimizerConfig
-from softgen.training.stage import Stage, check_images, check_num_classes
+from softgen.training.stage import Stage, check_conditions, check_images
 from softgen.training.targets import CodeTarget, HardTarget, NeighbourTarget, TableTarget, Target, check_target
 
 _TAU_IMAGES, _TAU_LATENTS = 256, 4096  # that the automatic 2 tau^2 is measured on
@@ -131,9 +133,34 @@ class TeacherTraining(Stage):
         return self.tokenizer
 
     def check_data(self, data: ImageDataModule) -> None:
-        """Images, classes and stored tokens must be those of tokenizer and model."""
-        check_num_classes(data, self.model.num_classes)
+        """Images, classes and stored tokens must be those of tokenizer and model; new text encoders learn words."""
+        check_conditions(data, self.model)
         check_images(data, self.tokenizer)
+        encoder = self.model.text_encoder
+        if isinstance(encoder, WordTextEncoder) and not encoder.vocabulary:
+            encoder.learn_words(data.captions())
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Also the words, which no weight holds."""
+        super().on_save_checkpoint(checkpoint)
+        if isinstance(self.model.text_encoder, WordTextEncoder):
+            checkpoint["vocabulary"] = list(self.model.text_encoder.vocabulary)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse to resume with other words.
+
+        Raises:
+            ValueError: Naming the first word that differs.
+        """
+        super().on_load_checkpoint(checkpoint)
+        if isinstance(self.model.text_encoder, WordTextEncoder):
+            pairs = zip_longest(checkpoint.get("vocabulary", ()), self.model.text_encoder.vocabulary)
+            for expected, got in pairs:
+                if expected != got:
+                    raise ValueError(
+                        f"model.text_encoder.vocabulary: expected the words of the checkpoint, with {expected!r}, "
+                        f"got {got!r}"
+                    )
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Tokenise, mask, predict the masked sites."""
@@ -189,7 +216,7 @@ class TeacherTraining(Stage):
         )
 
     def _condition(self, batch: Batch) -> Condition:
-        return self.condition_of(batch, self.model)
+        return self.model.encode(self.asked_of(batch, self.model))
 
     def on_fit_start(self) -> None:
         """Settle 2 tau^2 on the first latents where it is `auto`, and report the perplexity of q."""

@@ -68,6 +68,7 @@ def case(**settings: Any) -> Case:
         student=stage.student,
         teacher=stage.teacher,
         tokenizer=None,
+        asked=LABELS,
         condition=condition,
         logits=logits,
         tokens=sample_categorical(logits.detach(), noise),

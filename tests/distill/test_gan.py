@@ -43,6 +43,7 @@ def _state(module: SoftDiMO, logits: Tensor, step: int = 0) -> DistillState:
         student=module.student,
         teacher=module.teacher,
         tokenizer=module.tokenizer,
+        asked=torch.arange(BATCH) % 3,
         condition=module.teacher.encode(torch.arange(BATCH) % 3),
         logits=logits,
         tokens=logits.argmax(-1).detach(),
@@ -148,6 +149,7 @@ def _bare_state(logits: Tensor) -> DistillState:
         student=None,  # type: ignore[arg-type]
         teacher=None,  # type: ignore[arg-type]
         tokenizer=None,
+        asked=(),
         condition=None,  # type: ignore[arg-type]
         logits=logits,
         tokens=logits.argmax(-1),

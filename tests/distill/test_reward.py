@@ -105,6 +105,7 @@ def _state(module: SoftDiMO, logits: Tensor, *, step: int = 0) -> DistillState:
         student=module.student,
         teacher=module.teacher,
         tokenizer=module.tokenizer,
+        asked=LABELS,
         condition=module.teacher.encode(LABELS),
         logits=logits,
         tokens=logits.argmin(-1).detach(),

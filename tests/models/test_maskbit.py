@@ -330,6 +330,7 @@ def test_distillation_and_its_gradients_fit_the_sites(embedding: str) -> None:
         student=stage.student,
         teacher=stage.teacher,
         tokenizer=stage.tokenizer,
+        asked=condition.labels,
         condition=condition,
         logits=logits,
         tokens=logits.argmax(-1),
