@@ -34,6 +34,22 @@ class Pretrained(nn.Module):
     def restore_buffers(self) -> None:
         """Called on a module that was built on the meta device: compute the buffers that no checkpoint holds."""
 
+    def write_weights(self, folder: Path) -> None:
+        """Write model.safetensors; a class whose weights others open too may write their format instead."""
+        from safetensors.torch import save_file
+
+        # Clones: tied tensors share storage, which safetensors refuses.
+        weights = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in self.state_dict().items()}
+        save_file(weights, folder / WEIGHTS_NAME)
+
+    def read_weights(self, folder: Path, *, key: str) -> None:
+        """Load what `write_weights` wrote.
+
+        Raises:
+            ValueError: If it is missing, truncated, foreign or not finite.
+        """
+        load_weights(self, folder / WEIGHTS_NAME, key=key)
+
     def save_pretrained(self, folder: str | Path, *, tokenizer: "Pretrained | None" = None) -> None:
         """Write config.json and model.safetensors, all of it or nothing.
 
@@ -76,10 +92,10 @@ class Pretrained(nn.Module):
         module = _from_config_without_memory(config, key=config_key)
         if not isinstance(module, cls):
             raise ValueError(f"{key}: expected a {cls.__name__} in {folder}, got a {type(module).__name__}")
-        load_weights(module, folder / WEIGHTS_NAME, key=key)
+        module.read_weights(folder, key=key)
         if _is_hollow(module):
             module = from_config(config, key=config_key)
-            load_weights(module, folder / WEIGHTS_NAME, key=key)
+            module.read_weights(folder, key=key)
         return cast(M, module.eval())
 
 
@@ -147,7 +163,7 @@ def read_config(folder: Path, *, key: str) -> dict[str, Any]:
 
 
 def load_weights(module: nn.Module, path: Path, *, key: str) -> None:
-    """Load a safetensors file, with names and shapes checked both ways."""
+    """Load a safetensors file, with names and shapes checked both ways; onto the meta device by assignment."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -206,14 +222,10 @@ def check_keys(expected: Mapping[str, Any], got: Mapping[str, Any], *, key: str)
 
 
 def _write(module: Pretrained, folder: Path) -> None:
-    from safetensors.torch import save_file
-
     folder.mkdir(parents=True)
     config = {"softgen_format": _FORMAT, **to_config(module)}
     (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
-    # Clones: tied tensors share storage, which safetensors refuses.
-    weights = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in module.state_dict().items()}
-    save_file(weights, folder / WEIGHTS_NAME)
+    module.write_weights(folder)
 
 
 def check_target(folder: Path) -> None:

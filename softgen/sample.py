@@ -24,6 +24,7 @@ from softgen.loading import check_compatible, load_tokenizer
 from softgen.masking import Schedule
 from softgen.models.autoregressive import AutoregressiveTransformer
 from softgen.models.base import ImageCodeModel, MaskedDiffusionModel
+from softgen.models.conditions import Asked
 from softgen.models.generator import OneStepGenerator
 from softgen.pretrained import Pretrained
 from softgen.samplers import published_sampler
@@ -39,6 +40,8 @@ def sample(
     out: str = "samples",
     n: int = 80,
     labels: list[int] | None = None,
+    prompts: list[str] | None = None,
+    prompt_file: str | None = None,
     sampler: Literal["maskgit", "halton", "published"] = "maskgit",
     steps: int = 8,
     schedule: Schedule = "arccos",
@@ -60,6 +63,8 @@ def sample(
         out: Folder to write to.
         n: Number of images.
         labels: Classes to go round; by default all.
+        prompts: Of a text-conditional model: prompts to go round.
+        prompt_file: As `prompts`, from a .txt file, one a line.
         sampler: `maskgit` reveals the most confident sites first, `halton` spreads them over the image; `published` is
             that of a published model's authors at their settings, which takes none of the options below.
         steps: Passes of a multi-step sampler.
@@ -102,11 +107,49 @@ def sample(
                 else HaltonSampler(**common, temperature=temperature)
             )
         tokens_of = teacher_tokens(backbone, chosen)
-    wanted = wanted_labels(labels, n=n, num_classes=backbone.num_classes)
+    wanted = wanted_conditions(backbone, n=n, labels=labels, prompts=read_prompts(prompts, prompt_file))
     check_writable(Path(out))
     result = generate(tokens_of, decoder, wanted, seed=seed, batch_size=batch_size, progress="sampling")
     _write(result.images, Path(out), columns=columns, save_images=save_images)
     print(f"{n} images in {result.seconds:.2f} s of sampling: {Path(out) / 'grid.png'}")
+
+
+def read_prompts(prompts: Sequence[str] | None, prompt_file: str | None) -> Sequence[str] | None:
+    """The prompts given, or those of the lines of a file.
+
+    Raises:
+        ValueError: If both are given, or the file cannot be read or is empty.
+    """
+    if prompt_file is None:
+        return prompts
+    if prompts is not None:
+        raise ValueError("prompt_file: expected prompts or a file of them, got both")
+    try:
+        lines = [line.strip() for line in Path(prompt_file).read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"prompt_file: expected a text file, got {prompt_file!r} ({error})") from error
+    return [line for line in lines if line]
+
+
+def wanted_conditions(
+    backbone: ImageCodeModel, *, n: int, labels: Sequence[int] | None, prompts: Sequence[str] | None
+) -> Asked:
+    """What n images are asked for: prompts of a text-conditional model, labels of a class-conditional one.
+
+    Raises:
+        ValueError: If it is the other kind, there is nothing, or a label is not a class.
+    """
+    if backbone.text_encoder is None:
+        if prompts is not None:
+            raise ValueError("prompts: expected labels, since this model is class-conditional, got prompts")
+        return wanted_labels(labels, n=n, num_classes=backbone.num_classes)
+    if labels is not None:
+        raise ValueError("labels: expected prompts, since this model is text-conditional, got labels")
+    if not prompts:
+        raise ValueError("prompts: expected at least one, since this model is text-conditional, got none")
+    asked = [prompts[index % len(prompts)] for index in range(n)]
+    backbone.text_encoder.warn_of_problems(asked)
+    return asked
 
 
 def wanted_labels(labels: Sequence[int] | None, *, n: int, num_classes: int) -> Tensor:

@@ -6,6 +6,7 @@ from softgen.models.conditions import ClassCondition, Condition, TextCondition
 from softgen.models.generator import OneStepGenerator
 from softgen.models.maskbit import MaskBit
 from softgen.models.maskgit import MaskGIT
+from softgen.models.open_clip_models import OpenCLIP
 from softgen.models.text import TextEncoder, WordTextEncoder
 from softgen.models.titok_generators import ImageBert, UViTBert
 from softgen.models.transformer import MaskedTransformer
@@ -22,6 +23,7 @@ __all__ = [
     "MaskedTransformer",
     "ModelOutput",
     "OneStepGenerator",
+    "OpenCLIP",
     "TextCondition",
     "TextEncoder",
     "UViTBert",

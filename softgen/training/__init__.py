@@ -1,8 +1,9 @@
 """Lightning modules of the stages before distillation."""
 
+from softgen.training.clip import CLIPTraining
 from softgen.training.optimization import OptimizerConfig, ParameterGroup
 from softgen.training.stage import Stage
 from softgen.training.teacher import TeacherTraining
 from softgen.training.tokenizer import TokenizerTraining
 
-__all__ = ["OptimizerConfig", "ParameterGroup", "Stage", "TeacherTraining", "TokenizerTraining"]
+__all__ = ["CLIPTraining", "OptimizerConfig", "ParameterGroup", "Stage", "TeacherTraining", "TokenizerTraining"]
