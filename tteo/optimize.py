@@ -249,12 +249,11 @@ def _repeat(conditions: Conditions, times: int, device: torch.device) -> Tensor 
 
 
 def _encode(generator: OneStepGenerator, conditions: Conditions) -> Condition:
-    if not isinstance(conditions, Tensor):
-        raise ValueError("conditions: expected class labels, since this generator is class-conditional, got prompts")
     classes = generator.model.num_classes
-    if classes and not bool(((conditions >= 0) & (conditions < classes)).all()):
+    if classes and isinstance(conditions, Tensor) and not bool(((conditions >= 0) & (conditions < classes)).all()):
         raise ValueError(f"conditions: expected labels in 0..{classes - 1}, got {conditions.tolist()}")
-    return generator.model.encode(conditions)
+    asked = conditions if isinstance(conditions, Tensor) else [str(prompt) for prompt in conditions]
+    return generator.model.encode(asked)
 
 
 def _checked(scores: Tensor, count: int, *, name: str) -> Tensor:

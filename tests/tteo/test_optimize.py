@@ -111,7 +111,7 @@ def test_bad_conditions_and_rewards(generator: OneStepGenerator, tokenizer: ToyT
         optimize(generator, tokenizer, _ink, LABELS[:0])
     with pytest.raises(ValueError, match=r"conditions: expected labels in 0\.\.2, got \[5\]"):
         optimize(generator, tokenizer, _ink, torch.tensor([5]))
-    with pytest.raises(ValueError, match="since this generator is class-conditional, got prompts"):
+    with pytest.raises(ValueError, match="since this model is class-conditional, got prompts"):
         optimize(generator, tokenizer, _ink, ["a cat"])
     with pytest.raises(ValueError, match=r"reward <lambda>: expected scores of shape \(12,\), got \(12, 3\)"):
         optimize(generator, tokenizer, lambda images, _: images.mean(dim=(2, 3)), LABELS)

@@ -1,0 +1,388 @@
+"""Text to image at CPU scale: does a CLIP reward, and then TTEO, raise what a one-step generator gets right?
+
+    python benchmarks/text_to_image.py
+    python benchmarks/text_to_image.py --seeds '[0]' --only '[teacher_8, dimo]'
+
+Shapes: a tokenizer, a CLIP that is the reward and another one that is the judge, shared by the seeds; for each seed a
+teacher, Di[M]O, Di[M]O with the reward, the reward without Di[M]O, and TTEO. Every row is scored on the same unseen
+prompts by a program that looks at the hard-decoded pictures. Writes benchmarks/results/text_to_image.json, .md and
+.png. What is finished in the folder of runs is not run again.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rewards import CLIPReward
+from softgen import load_generator, load_model, load_tokenizer
+from softgen.cli import run_command
+from softgen.data import Shapes
+from softgen.data.scenes import TASKS, shapes_prompts
+from softgen.evaluate import write_json
+from softgen.generation import generate, one_step_tokens, teacher_tokens
+from softgen.images import save_grid
+from softgen.metrics import FeatureStatistics, ShapesGenEval, frechet_distance
+from softgen.metrics.clip_features import CLIPFeatures
+from softgen.metrics.features import extract_features
+from softgen.models import OpenCLIP
+from softgen.pretrained import Pretrained
+from softgen.sampling import MaskGITSampler
+from tteo import TTEOSettings, optimize
+
+RESULTS = Path(__file__).parent / "results"
+CONFIGS = Path(__file__).parents[1] / "configs" / "shapes"
+TEACHER_STEPS = (1, 4, 8, 16)
+GUIDANCE = 2.0
+TTEO = TTEOSettings(steps=30, lr=1.0, batch_size=125)
+REFERENCE = 5000
+ROWS = (*(f"teacher_{steps}" for steps in TEACHER_STEPS), "dimo", "reward", "tteo", "reward_alone")
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Where everything is."""
+
+    root: Path
+
+    def shared(self, name: str) -> Path:
+        """A run of all seeds: tokenizer, clip, judge."""
+        return self.root / name
+
+    def seed(self, seed: int, name: str) -> Path:
+        """A run of one seed."""
+        return self.root / f"seed_{seed}" / name
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One row of one seed."""
+
+    images: Tensor
+    tasks: Mapping[str, float]
+    frechet: float
+    diversity: float
+    clip: float
+    judge: float
+    seconds: float
+
+
+def benchmark(
+    *,
+    seeds: list[int] = [0, 1, 2],  # noqa: B006 - never changed
+    only: list[str] = list(ROWS),  # noqa: B006 - never changed
+    n: int = 1000,
+    out: str = "runs/benchmarks/shapes",
+    processes: int = 2,
+    note: str = "",
+) -> None:
+    """Train what is missing, score every row, and write the table.
+
+    Args:
+        seeds: One pipeline each.
+        only: Rows.
+        n: Prompts.
+        out: Where the runs are kept.
+        processes: Pipelines side by side.
+        note: What else a reader must know of these runs; goes into the table.
+    """
+    runs = Runs(Path(out))
+    with ThreadPoolExecutor(processes) as pool:
+        clips = [pool.submit(train_clip, runs, name, seed) for name, seed in (("clip", 100), ("judge", 101))]
+        train(runs.shared("tokenizer"), "1_tokenizer")
+        for clip in clips:
+            clip.result()
+        list(pool.map(lambda seed: run_seed(runs, seed, only, n), seeds))
+    content = {
+        "command": f"python benchmarks/text_to_image.py --seeds '{seeds}' --n {n}",
+        "note": note,
+        "seeds": seeds,
+        "n": n,
+        "guidance": GUIDANCE,
+        "clips": {name: _retrieval(runs.shared(name)) for name in ("clip", "judge")},
+        "bounds": _bounds(runs, n),
+        "rows": [_row(runs, seeds, name) for name in only],
+        "minutes": _minutes(runs, seeds),
+    }
+    content["demands"] = _demands(content["rows"], seeds)
+    write_json(RESULTS / "text_to_image.json", content)
+    (RESULTS / "text_to_image.md").write_text(_markdown(content))
+    _picture(runs, seeds[0], only)
+    print((RESULTS / "text_to_image.md").read_text())
+
+
+def train(folder: Path, config: str, *options: str) -> None:
+    """Run a stage of configs/shapes, unless its model is there."""
+    if (folder / "model" / "config.json").is_file():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    words = [sys.executable, "-m", "softgen.fit", f"--config={CONFIGS / config}.yaml", f"--run_dir={folder}", *options]
+    with (folder / "log.txt").open("w") as log:
+        subprocess.run(words, check=True, stdout=log, stderr=subprocess.STDOUT)
+    write_json(folder / "time.json", {"minutes": (time.perf_counter() - start) / 60})
+
+
+def train_clip(runs: Runs, name: str, seed: int) -> None:
+    """The reward's CLIP, or the judge's."""
+    train(runs.shared(name), "clip", f"--seed={seed}")
+
+
+def run_seed(runs: Runs, seed: int, only: Sequence[str], n: int) -> None:
+    """Train and score one seed."""
+    folders = {name: runs.seed(seed, name) for name in ("teacher", "dimo", "reward", "reward_alone")}
+    teacher = f"--model.init_args.teacher={folders['teacher']}/model"
+    student = f"--model.init_args.student={folders['dimo']}/model"
+    tokenizer = f"--model.init_args.tokenizer={runs.shared('tokenizer')}/model"
+    train(folders["teacher"], "2_teacher", f"--seed={seed}", tokenizer)
+    if any(not name.startswith("teacher") for name in only):
+        train(folders["dimo"], "3_dimo", f"--seed={seed}", teacher)
+    reward = {
+        "class_path": "distill.Reward",
+        "init_args": {
+            "rewards": [{"class_path": "rewards.CLIPReward", "init_args": {"model_name": _clip_name(runs)}}],
+            "weight": "auto",
+        },
+    }
+    objectives = _objectives("4_reward")
+    objectives[0]["init_args"]["auxiliary"] = f"{folders['dimo']}/auxiliary"
+    reward["init_args"] = {**objectives[1]["init_args"], **reward["init_args"]}
+    if "reward" in only or "tteo" in only:
+        given = f"--model.init_args.objectives={json.dumps([objectives[0], reward])}"
+        train(folders["reward"], "4_reward", f"--seed={seed}", teacher, student, given)
+    if "reward_alone" in only:
+        alone = {**reward, "init_args": {**reward["init_args"], "weight": 1.0}}
+        given = f"--model.init_args.objectives={json.dumps([alone])}"
+        train(folders["reward_alone"], "4_reward", f"--seed={seed}", teacher, student, given)
+    words = [sys.executable, __file__, "--worker", str(runs.root), str(seed), str(n), *only]
+    subprocess.run(words, check=True)
+
+
+def _objectives(config: str) -> list[dict[str, Any]]:
+    import yaml
+
+    content = yaml.safe_load((CONFIGS / f"{config}.yaml").read_text())
+    return list(content["model"]["init_args"]["objectives"])
+
+
+def _clip_name(runs: Runs) -> str:
+    return f"local-dir:{runs.shared('clip')}/model"
+
+
+def score_seed(runs: Runs, seed: int, n: int, only: Sequence[str]) -> None:
+    """Score the rows of one seed that have no score yet; one thread."""
+    torch.set_num_threads(1)
+    judge = Judge(runs)
+    prompts = [asked.prompt for asked in shapes_prompts(n)]
+    tokenizer = load_tokenizer(runs.seed(seed, "teacher") / "model")
+    for name in only:
+        path = runs.seed(seed, f"score_{name}.json")
+        if path.is_file():
+            continue
+        first, second = (make(runs, seed, name, prompts, tokenizer, noise) for noise in (seed, seed + 1000))
+        tasks = ShapesGenEval()
+        tasks.update(first[0], prompts)
+        write_json(
+            path,
+            {
+                "tasks": {task: float(value) for task, value in tasks.compute().items()},
+                **judge.score(first[0], second[0], prompts),
+                "seconds": first[1],
+            },
+        )
+        save_grid(first[0][:60], path.with_suffix(".png"), columns=12)
+
+
+def make(runs: Runs, seed: int, name: str, prompts: Sequence[str], tokenizer: Any, noise: int) -> tuple[Tensor, float]:
+    """Images of one row, and the seconds that they took."""
+    start = time.perf_counter()
+    if name.startswith("teacher_"):
+        model = load_model(runs.seed(seed, "teacher") / "model")
+        sampler = MaskGITSampler(steps=int(name.removeprefix("teacher_")), guidance=GUIDANCE)
+        made = generate(teacher_tokens(model, sampler), tokenizer, prompts, seed=noise, batch_size=250)
+        return made.images, time.perf_counter() - start
+    generator = load_generator(runs.seed(seed, "reward" if name == "tteo" else name) / "model")
+    if name == "tteo":
+        reward = CLIPReward(_clip_name(runs))
+        result = optimize(generator, tokenizer, reward, list(prompts), settings=TTEO, seed=noise)
+        return result.images, time.perf_counter() - start
+    made = generate(one_step_tokens(generator), tokenizer, prompts, seed=noise, batch_size=250)
+    return made.images, time.perf_counter() - start
+
+
+class Judge:
+    """Compares with real pictures, by a CLIP that is no reward.
+
+    Args:
+        runs: Where its CLIP is.
+    """
+
+    def __init__(self, runs: Runs) -> None:
+        opened = {name: Pretrained.from_pretrained(runs.shared(name) / "model") for name in ("clip", "judge")}
+        assert all(isinstance(clip, OpenCLIP) for clip in opened.values())
+        self.clips: dict[str, OpenCLIP] = opened  # type: ignore[assignment]
+        self.extractor = CLIPFeatures(self.clips["judge"], name="shapes_judge")
+        source = Shapes(seed=10).train_source()
+        images = torch.cat([source.fetch(range(first, first + 500))["image"] for first in range(0, REFERENCE, 500)])
+        self.reference = FeatureStatistics.from_features(extract_features(images, extractor=self.extractor).features)
+
+    @torch.no_grad()
+    def score(self, images: Tensor, again: Tensor, prompts: Sequence[str]) -> dict[str, float]:
+        """Frechet distance, diversity under one prompt, and the scores of both CLIPs."""
+        features, others = (extract_features(some, extractor=self.extractor).features for some in (images, again))
+        return {
+            "frechet": frechet_distance(FeatureStatistics.from_features(features), self.reference),
+            "diversity": float((features - others).norm(dim=1).mean()),
+            **{
+                name: float((clip.encode_images(images) * clip.encode_prompts(prompts)).sum(dim=1).mean())
+                for name, clip in self.clips.items()
+            },
+        }
+
+
+def _bounds(runs: Runs, n: int) -> dict[str, dict[str, float]]:
+    """What real pictures of held-out prompts score, and their reconstructions."""
+    batch = Shapes(val_samples=n).val_source().fetch(range(n))
+    tokenizer, judge = load_tokenizer(runs.shared("tokenizer") / "model"), Judge(runs)
+    images = batch["image"]
+    with torch.no_grad():
+        parts = [tokenizer.decode(tokenizer.encode(part)) for part in torch.split(images, 250)]
+    bounds = {}
+    for name, shown in (("real", images), ("reconstructed", torch.cat(parts))):
+        tasks = ShapesGenEval()
+        tasks.update(shown, batch["prompt"])
+        scores = judge.score(shown, shown, batch["prompt"])
+        bounds[name] = {**{task: float(value) for task, value in tasks.compute().items()}, **scores}
+    return bounds
+
+
+def _row(runs: Runs, seeds: Sequence[int], name: str) -> dict[str, Any]:
+    scores = [json.loads(runs.seed(seed, f"score_{name}.json").read_text()) for seed in seeds]
+
+    def mean(of: Callable[[dict[str, Any]], float]) -> float:
+        return statistics.mean(map(of, scores))
+
+    row: dict[str, Any] = {"name": name, "overall_by_seed": [score["tasks"]["overall"] for score in scores]}
+    for task in (*TASKS, "overall"):
+        row[task] = mean(lambda score, task=task: score["tasks"][task])  # type: ignore[misc]
+    for key in ("frechet", "diversity", "clip", "judge", "seconds"):
+        row[key] = mean(lambda score, key=key: score[key])  # type: ignore[misc]
+    return row
+
+
+def _retrieval(folder: Path) -> dict[str, float]:
+    clip = Pretrained.from_pretrained(folder / "model")
+    assert isinstance(clip, OpenCLIP)
+    batch = Shapes(val_samples=1000).val_source().fetch(range(1000))
+    with torch.no_grad():
+        images = torch.cat([clip.encode_images(part) for part in torch.split(batch["image"], 250)])
+        texts = clip.encode_prompts(batch["prompt"])
+    hits: dict[str, list[float]] = {"image_to_text": [], "text_to_image": []}
+    for first in range(0, 1000, 100):
+        some, prompts = slice(first, first + 100), batch["prompt"][first : first + 100]
+        ids = torch.tensor([prompts.index(prompt) for prompt in prompts])
+        similarity = images[some] @ texts[some].T
+        for key, nearest in (("image_to_text", similarity.argmax(1)), ("text_to_image", similarity.argmax(0))):
+            hits[key].append(float((ids[nearest] == ids).float().mean()))
+    return {key: statistics.mean(values) for key, values in hits.items()}
+
+
+def _minutes(runs: Runs, seeds: Sequence[int]) -> dict[str, float]:
+    folders = {name: runs.shared(name) for name in ("tokenizer", "clip", "judge")}
+    for name in ("teacher", "dimo", "reward", "reward_alone"):
+        folders.update({f"{name}_{seed}": runs.seed(seed, name) for seed in seeds})
+    paths = {name: folder / "time.json" for name, folder in folders.items()}
+    return {name: json.loads(path.read_text())["minutes"] for name, path in paths.items() if path.is_file()}
+
+
+def _demands(rows: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> dict[str, Any]:
+    by_name = {row["name"]: row for row in rows}
+    if not {"dimo", "reward", "tteo"} <= by_name.keys():
+        return {}
+    teacher = max((row for name, row in by_name.items() if name.startswith("teacher")), key=lambda row: row["overall"])
+    dimo, reward, tteo = by_name["dimo"], by_name["reward"], by_name["tteo"]
+    return {
+        "best teacher, overall (above 0.6)": teacher["overall"],
+        "dimo / teacher (at least 0.75)": dimo["overall"] / teacher["overall"],
+        "reward / dimo (at least 1.15)": reward["overall"] / dimo["overall"],
+        "largest fall of a task under the reward (at most 0.03)": max(dimo[task] - reward[task] for task in TASKS),
+        "Frechet distance, reward / dimo (at most 1.2)": reward["frechet"] / dimo["frechet"],
+        "tteo - reward, overall (above 0)": tteo["overall"] - reward["overall"],
+        "tasks that TTEO raises (at least 5 of 6)": sum(tteo[task] > reward[task] for task in TASKS),
+    }
+
+
+def _markdown(content: Mapping[str, Any]) -> str:
+    columns = ["overall", *TASKS, "frechet", "diversity", "clip", "judge"]
+    lines = [
+        "# Text to image in small: shapes",
+        "",
+        f"n = {content['n']} unseen prompts, hard-decoded pictures, means of seeds {content['seeds']}; guidance "
+        f"{content['guidance']:g}. Tasks are GenEval's six, verified by a program. Frechet distance to {REFERENCE} "
+        "real pictures on the features of the judge, a CLIP that was no reward. Diversity: mean distance of those "
+        "features between two pictures of one prompt. `clip`: mean cosine of the rewarded CLIP; `judge`: the other's.",
+        "",
+        f"Command: `{content['command']}`.",
+        "",
+        content["note"],
+        "",
+        "| row | " + " | ".join(columns) + " |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
+    for name, row in (*content["bounds"].items(), *((row["name"], row) for row in content["rows"])):
+        shown = [f"{row[key]:.3f}" for key in columns]
+        lines.append(f"| {name} | " + " | ".join(shown) + " |")
+    lines += ["", "| demand | measured |", "|---|---|"]
+    lines += [f"| {name} | {value:.3f} |" for name, value in content["demands"].items()]
+    lines += [
+        "",
+        "Overall by seed: "
+        + "; ".join(
+            f"{row['name']} " + " / ".join(f"{value:.3f}" for value in row["overall_by_seed"])
+            for row in content["rows"]
+        )
+        + ".",
+    ]
+    clips = (
+        f"{name}: image to text {value['image_to_text']:.3f}, text to image {value['text_to_image']:.3f}"
+        for name, value in content["clips"].items()
+    )
+    lines += ["", "Retrieval among 100 held-out pairs: " + "; ".join(clips) + "."]
+    minutes = content["minutes"]
+    lines += [
+        "",
+        "Minutes of training, one thread each, two side by side: "
+        + ", ".join(f"{name} {value:.1f}" for name, value in minutes.items())
+        + f"; in all {sum(minutes.values()):.0f}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _picture(runs: Runs, seed: int, only: Sequence[str]) -> None:
+    """The same 16 prompts, a row of pictures for each row of the table."""
+    prompts = [asked.prompt for asked in shapes_prompts(16)]
+    tokenizer = load_tokenizer(runs.seed(seed, "teacher") / "model")
+    rows = [make(runs, seed, name, prompts, tokenizer, 5)[0] for name in only]
+    save_grid(torch.cat(rows), RESULTS / "text_to_image.png", columns=16)
+
+
+def main() -> None:
+    """Run the command, or score one seed in a process of its own."""
+    if sys.argv[1:2] == ["--worker"]:
+        root, seed, n, *only = sys.argv[2:]
+        score_seed(Runs(Path(root)), int(seed), int(n), only)
+    else:
+        run_command(benchmark, program="text_to_image")
+
+
+if __name__ == "__main__":
+    main()

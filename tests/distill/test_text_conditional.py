@@ -1,0 +1,169 @@
+"""Text to image, end to end and tiny: CLIP, tokenizer, teacher, distillation with all objectives, sampling, TTEO."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from distill import SoftDiMO
+from rewards import CLIPReward
+from softgen import load_generator, load_model, load_tokenizer
+from softgen.fit import main
+from softgen.models import MaskedTransformer, OpenCLIP, WordTextEncoder
+from softgen.pretrained import Pretrained, fingerprint
+from softgen.sample import sample
+from softgen.tokenizers import ConvVQTokenizer
+from softgen.training import CLIPTraining, TeacherTraining
+from tteo import TTEOSettings, optimize
+
+pytest.importorskip("open_clip", reason="the extra softgen[clip] is not installed")
+
+TINY_CLIP = {
+    "embed_dim": 8,
+    "vision_cfg": {"image_size": 16, "patch_size": 8, "width": 16, "head_width": 8, "layers": 1},
+    "text_cfg": {"context_length": 20, "width": 8, "heads": 1, "layers": 1},
+}
+PROMPTS = ["a red circle", "a ring and a cross", "three blue squares"]
+
+
+def fit(run_dir: Path, *words: str) -> object:
+    cli = main(
+        [
+            "--data=softgen.data.Shapes",
+            "--data.init_args.image_size=16",
+            "--data.init_args.batch_size=4",
+            "--data.init_args.train_samples=64",
+            "--data.init_args.val_samples=12",
+            "--trainer.accelerator=cpu",
+            "--trainer.max_steps=2",
+            "--trainer.val_check_interval=2",
+            "--trainer.limit_val_batches=1",
+            "--trainer.logger=false",
+            f"--run_dir={run_dir}",
+            *words,
+        ]
+    )
+    return cli.model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer with random weights, a CLIP and a teacher after two steps each."""
+    torch.manual_seed(0)
+    root = tmp_path_factory.mktemp("text")
+    tokenizer = ConvVQTokenizer(image_size=16, num_codes=8, code_dim=4, channels=(8, 8, 8))
+    tokenizer.save_pretrained(root / "tokenizer")
+    stage = fit(
+        root / "clip",
+        "--model=softgen.training.CLIPTraining",
+        "--model.init_args.model=softgen.models.OpenCLIP",
+        f"--model.init_args.model.init_args.architecture={json.dumps(TINY_CLIP)}",
+    )
+    assert isinstance(stage, CLIPTraining)
+    encoder = {"class_path": "softgen.models.WordTextEncoder", "init_args": {"num_words": 64, "width": 8, "heads": 2}}
+    sizes = {"num_codes": 8, "num_sites": 16, "width": 8, "depth": 2, "heads": 2, "text_encoder": encoder}
+    teacher = fit(
+        root / "teacher",
+        "--model=softgen.training.TeacherTraining",
+        f"--model.init_args.tokenizer={root}/tokenizer",
+        f"--model.init_args.model={json.dumps({'class_path': 'softgen.models.MaskedTransformer', 'init_args': sizes})}",
+        "--model.init_args.optimizer.lr=0.05",
+    )
+    assert isinstance(teacher, TeacherTraining)
+    return root
+
+
+def test_a_teacher_learns_its_words_from_the_captions(folder: Path) -> None:
+    teacher = load_model(folder / "teacher" / "model")
+    assert isinstance(teacher.text_encoder, WordTextEncoder)
+    assert {"circle", "red", "and", "of"} <= set(teacher.text_encoder.vocabulary)
+
+
+def test_a_resumed_teacher_must_know_the_same_words(folder: Path) -> None:
+    model = MaskedTransformer(
+        num_codes=8, num_sites=16, width=8, depth=2, heads=2, text_encoder=WordTextEncoder(vocabulary=["dog"], width=8)
+    )
+    stage = TeacherTraining(tokenizer=str(folder / "tokenizer"), model=model)
+    with pytest.raises(
+        ValueError, match=r"^model.text_encoder.vocabulary: expected the words of the checkpoint, with "
+    ):
+        stage.on_load_checkpoint({"vocabulary": ["a", "dog"]})
+
+
+def test_the_clip_opens_as_a_reward_and_scores_alike(folder: Path) -> None:
+    clip = Pretrained.from_pretrained(folder / "clip" / "model")
+    assert isinstance(clip, OpenCLIP)
+    reward = CLIPReward(f"local-dir:{folder}/clip/model")
+    images = torch.rand(3, 3, 16, 16)
+    expected = (clip.encode_images(images) * clip.encode_prompts(PROMPTS)).sum(dim=1)
+    torch.testing.assert_close(reward(images, PROMPTS), expected, rtol=0, atol=1e-5)
+
+
+def test_distillation_with_every_objective_then_sampling_and_tteo(folder: Path, tmp_path: Path) -> None:
+    reward = {"class_path": "rewards.CLIPReward", "init_args": {"model_name": f"local-dir:{folder}/clip/model"}}
+    objectives = [
+        {"class_path": "distill.DiMO", "init_args": {"guidance": 2.0}},
+        {"class_path": "distill.GAN"},
+        {"class_path": "distill.Reward", "init_args": {"rewards": [reward], "held_out_every": 1, "micro_batch": 2}},
+    ]
+    before = fingerprint(load_model(folder / "teacher" / "model"))
+    stage = fit(
+        tmp_path / "student",
+        "--model=distill.SoftDiMO",
+        f"--model.init_args.teacher={folder}/teacher/model",
+        f"--model.init_args.objectives={json.dumps(objectives)}",
+        "--model.init_args.optimizer.lr=0.05",
+    )
+    assert isinstance(stage, SoftDiMO)
+    assert all(value.isfinite().all() for value in stage.latest_values.values())
+    assert fingerprint(stage.teacher) == before
+    student = load_generator(tmp_path / "student" / "model")
+    assert student.model.text_encoder is not None
+    assert stage.teacher.text_encoder is not None
+    assert fingerprint(student.model.text_encoder) == fingerprint(stage.teacher.text_encoder)
+    assert fingerprint(student.model) != before
+
+    sample(model=str(tmp_path / "student" / "model"), out=str(tmp_path / "samples"), n=5, prompts=PROMPTS, device="cpu")
+    assert len(list((tmp_path / "samples" / "images").iterdir())) == 5
+
+    tokenizer = load_tokenizer(tmp_path / "student" / "model")
+    climbed = CLIPReward(f"local-dir:{folder}/clip/model")
+    result = optimize(student, tokenizer, climbed, PROMPTS, settings=TTEOSettings(steps=2, lr=10.0))
+    assert result.images.shape == (3, 3, 16, 16)
+    assert bool((result.after >= result.before).all())
+    others = optimize(student, tokenizer, climbed, PROMPTS[::-1], settings=TTEOSettings(steps=2, lr=10.0))
+    assert not torch.equal(result.soft_scores[:, 0], others.soft_scores[:, 0])
+
+
+def test_labels_are_not_enough_for_a_text_conditional_teacher(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(
+            [
+                "--model=distill.SoftDiMO",
+                f"--model.init_args.teacher={folder}/teacher/model",
+                "--data=softgen.data.Labels",
+                "--data.init_args.num_classes=3",
+                "--trainer.accelerator=cpu",
+                "--trainer.max_steps=1",
+                "--trainer.logger=false",
+                f"--run_dir={folder}/refused",
+            ]
+        )
+    assert "data: expected prompts, since the model is text-conditional, got a Labels" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompts": []}, "prompts: expected at least one, since this model is text-conditional, got none"),
+        ({"labels": [1]}, "labels: expected prompts, since this model is text-conditional, got labels"),
+        ({"prompts": ["a"], "prompt_file": "b.txt"}, "prompt_file: expected prompts or a file of them, got both"),
+        ({"prompt_file": "missing.txt"}, "prompt_file: expected a text file, got 'missing.txt'"),
+    ],
+)
+def test_sampling_without_prompts_is_refused(
+    folder: Path, tmp_path: Path, options: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        sample(model=str(folder / "teacher" / "model"), out=str(tmp_path), device="cpu", **options)  # type: ignore[arg-type]
