@@ -7,6 +7,7 @@ from softgen.models.generator import OneStepGenerator
 from softgen.models.maskbit import MaskBit
 from softgen.models.maskgit import MaskGIT
 from softgen.models.open_clip_models import OpenCLIP
+from softgen.models.pretrained_text import PretrainedTextEncoder
 from softgen.models.text import TextEncoder, WordTextEncoder
 from softgen.models.titok_generators import ImageBert, UViTBert
 from softgen.models.transformer import MaskedTransformer
@@ -24,6 +25,7 @@ __all__ = [
     "ModelOutput",
     "OneStepGenerator",
     "OpenCLIP",
+    "PretrainedTextEncoder",
     "TextCondition",
     "TextEncoder",
     "UViTBert",

@@ -4,7 +4,8 @@ Shape legend: B batch, T text tokens, c width of a state, p width of the pooled 
 """
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, TypeVar, get_args
 
 import torch
@@ -168,18 +169,21 @@ def _open_transformers(source: str) -> _Tower:
     transformers = _import("transformers", source, package="transformers")
     try:
         config = transformers.AutoConfig.from_pretrained(source)
-        text = getattr(config, "text_config", config)
+        is_clip, text = config.model_type in ("clip", "clip_text_model"), getattr(config, "text_config", config)
         family: Any = transformers.AutoModel
-        if config.model_type in ("clip", "clip_text_model"):
-            family = transformers.CLIPTextModelWithProjection
+        if is_clip:
+            family, text.projection_dim = transformers.CLIPTextModelWithProjection, config.projection_dim
         elif config.model_type == "t5":
             family = transformers.T5EncoderModel
-        model = family.from_pretrained(source, weights_only=True)
+        with _quiet(transformers):  # of the image tower, which is not wanted
+            model, found = family.from_pretrained(source, config=text, weights_only=True, output_loading_info=True)
+        if missing := sorted(found["missing_keys"]):
+            raise ValueError(f"no weights for {missing[0]!r}")
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     except Exception as error:  # transformers, torch and the hub each have errors of their own
         raise _cannot_open(source, error) from error
     width = text.hidden_size
-    pooled = text.projection_dim if config.model_type in ("clip", "clip_text_model") else width
+    pooled = text.projection_dim if is_clip else width
     return _TransformersTower(model, (getattr(text, "max_position_embeddings", 77), width, pooled), tokenizer)
 
 
@@ -194,6 +198,16 @@ def _open_open_clip(source: str) -> _Tower:
         raise _cannot_open(source, error) from error
     width = model.ln_final.normalized_shape[0]
     return _OpenCLIPTower(model, (model.context_length, width, model.text_projection.shape[1]), tokenizer)
+
+
+@contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
 
 
 def _import(name: str, source: str, *, package: str) -> Any:

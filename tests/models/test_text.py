@@ -56,7 +56,7 @@ def test_an_empty_prompt_is_finite() -> None:
 
 def test_long_prompts_and_unknown_words_are_counted_once() -> None:
     text = encoder(length=2)
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning, match="text encoder") as caught:
         text(["a red circle", "a green dog", "a red"])
     messages = [str(warning.message) for warning in caught]
     assert messages == [
@@ -148,10 +148,10 @@ def test_pooled_condition_for_networks_beside_the_model() -> None:
 
 
 def test_labels_and_prompts_are_not_confused() -> None:
-    with pytest.raises(ValueError, match="^conditions: expected prompts, since this model is text-conditional"):
+    with pytest.raises(ValueError, match=r"^conditions: expected prompts, since this model is text-conditional"):
         model().encode(torch.zeros(2, dtype=torch.long))
     plain = MaskedTransformer(num_codes=K, num_sites=N, num_classes=2, width=8, depth=1, heads=2)
-    with pytest.raises(ValueError, match="^conditions: expected class labels, since this model is class-conditional"):
+    with pytest.raises(ValueError, match=r"^conditions: expected class labels, since this model is class-conditional"):
         plain.encode(PROMPTS)
 
 
