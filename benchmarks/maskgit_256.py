@@ -143,7 +143,7 @@ def take_steps(checkpoint_activations: bool, counts: bool, steps: int, threads: 
         teacher=MaskGIT(),
         objectives=[DiMO(guidance=2.0)],
         optimizer=OptimizerConfig(lr=1e-5, eps=1e-6, warmup_steps=100),
-        teacher_dtype="bfloat16",
+        frozen_dtype="bfloat16",
         checkpoint_activations=checkpoint_activations,
     )
     watch = Watch(_counter() if counts else None)

@@ -49,8 +49,9 @@ class SoftDiMO(Stage):
         temperature: Of the tokens that the student samples in training, above 0.
         sharpen: Divides the student's logits once, before training, for good; below 1 makes a blunt student sharp.
         freeze_embedding: Keep the student's token embedding as the teacher's.
-        teacher_dtype: Of the frozen teacher's weights; float32 leaves them as they are, bfloat16 halves them and needs
-            the precision bf16-mixed.
+        frozen_dtype: Of the weights of the frozen teacher and tokenizer; float32 leaves them as they are, bfloat16
+            halves them and needs the precision bf16-mixed. Codebooks stay as they are, and so does the tokenizer that
+            is saved beside the student, of which a copy is kept in main memory.
         compile_blocks: Compile the blocks of student, teacher and auxiliary model with `torch.compile`.
         checkpoint_activations: Recompute the blocks of student, teacher and auxiliary model in the backward pass
             instead of keeping their activations: less memory, more time. Of this run alone: the student's saved config
@@ -72,7 +73,7 @@ class SoftDiMO(Stage):
         temperature: float = 1.0,
         sharpen: float = 1.0,
         freeze_embedding: bool = True,
-        teacher_dtype: Literal["float32", "bfloat16"] = "float32",
+        frozen_dtype: Literal["float32", "bfloat16"] = "float32",
         compile_blocks: bool = False,
         checkpoint_activations: bool = False,
         seed: int = 0,
@@ -108,10 +109,15 @@ class SoftDiMO(Stage):
         if next(iter(self._objectives())).weight == "auto":
             raise ValueError(f"{names[0]}.weight: expected a number for the first objective, the anchor, got 'auto'")
         self._smallest_gap = math.inf
-        # Student and critics began as copies of the teacher: only now may it lose precision.
-        self.teacher_dtype = teacher_dtype
-        if teacher_dtype == "bfloat16":
+        self.frozen_dtype = frozen_dtype
+        # A plain dict, as for the frozen modules: neither moved nor registered.
+        self._exported = {"tokenizer": decoder}
+        if frozen_dtype == "bfloat16":
+            # Student and critics began as copies of the teacher: only now may it lose precision.
             self.teacher.to(torch.bfloat16)
+            if decoder is not None:
+                self._exported["tokenizer"] = copy.deepcopy(decoder)
+                _halve_around_codebook(decoder)
         for model in self._masked_models():
             if checkpoint_activations:
                 _recompute(model)
@@ -133,8 +139,8 @@ class SoftDiMO(Stage):
     def _check_precision(self) -> None:
         """Half precision that gradients taken inside the step, or heads in float32, cannot work in is refused."""
         precision = self.trainer.precision
-        if self.teacher_dtype == "bfloat16" and precision != "bf16-mixed":
-            raise ValueError(f"model.teacher_dtype: expected bfloat16 with precision bf16-mixed alone, got {precision}")
+        if self.frozen_dtype == "bfloat16" and precision != "bf16-mixed":
+            raise ValueError(f"model.frozen_dtype: expected bfloat16 with precision bf16-mixed alone, got {precision}")
         refined = [objective for objective in self._objectives() if objective.needs_tokenizer]
         inside = refined or [objective for objective in self._objectives() if objective.weight == "auto"]
         if (refined and precision in ("16-true", "bf16-true")) or (inside and precision == "16-mixed"):
@@ -201,8 +207,8 @@ class SoftDiMO(Stage):
 
     @property
     def tokenizer_beside(self) -> ImageTokenizer | None:
-        """The tokenizer of the teacher."""
-        return self.tokenizer
+        """The tokenizer of the teacher, as it was opened."""
+        return self._exported["tokenizer"]
 
     @property
     def beside(self) -> Mapping[str, Pretrained]:
@@ -220,8 +226,8 @@ class SoftDiMO(Stage):
                 continue
             if not data.has_images:
                 raise ValueError(f"data: expected real images or tokens, since {objective.name} needs them, got none")
-            assert self.tokenizer is not None, "objectives that need images need a tokenizer"
-            check_images(data, self.tokenizer)
+            assert self.tokenizer_beside is not None, "objectives that need images need a tokenizer"
+            check_images(data, self.tokenizer_beside)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One on-policy pass of the student, then every objective on it."""
@@ -340,6 +346,14 @@ def _open_tokenizer(
         if (folder / "tokenizer" / CONFIG_NAME).is_file():
             return load_tokenizer(folder, key="model.teacher")
     return None
+
+
+def _halve_around_codebook(tokenizer: ImageTokenizer) -> None:
+    """All weights to bfloat16 but those of the codebook, which nearest codes and expectations are taken of."""
+    codes = tokenizer.codebook_weight().untyped_storage().data_ptr()
+    for tensor in (*tokenizer.parameters(), *tokenizer.buffers()):
+        if tensor.is_floating_point() and tensor.untyped_storage().data_ptr() != codes:
+            tensor.data = tensor.data.to(torch.bfloat16)
 
 
 def _recompute(model: MaskedDiffusionModel) -> None:

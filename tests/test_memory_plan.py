@@ -50,12 +50,12 @@ def test_every_part_is_counted_in_bytes() -> None:
 
 def test_a_teacher_in_bfloat16_is_half_as_large_and_its_copies_are_not() -> None:
     whole, half = (
-        SoftDiMO(teacher=teacher(), objectives=[DiMO()], teacher_dtype=dtype) for dtype in ("float32", "bfloat16")
+        SoftDiMO(teacher=teacher(), objectives=[DiMO()], frozen_dtype=dtype) for dtype in ("float32", "bfloat16")
     )
     for one, other in zip(memory_plan(whole)[:2], memory_plan(half)[:2], strict=True):
         assert one == other
     assert 2 * memory_plan(half)[2].weights == memory_plan(whole)[2].weights
-    with pytest.raises(ValueError, match=r"^model.teacher_dtype: expected bfloat16 with precision bf16-mixed alone"):
+    with pytest.raises(ValueError, match=r"^model.frozen_dtype: expected bfloat16 with precision bf16-mixed alone"):
         trainer().fit(half, datamodule=Labels(num_classes=3, batch_size=2))
 
 

@@ -13,6 +13,7 @@ from softgen.metrics.classifier import SmallClassifier
 from softgen.metrics.features import extract_features
 from softgen.models.generator import OneStepGenerator
 from softgen.pretrained import fingerprint
+from softgen.tokenizers.base import ImageTokenizer
 from softgen.training.stage import Stage
 
 
@@ -113,9 +114,10 @@ class AccuracyWatch(Callback):
     def _measure(self, trainer: Trainer, pl_module: LightningModule) -> float:
         assert isinstance(pl_module, Stage)
         assert self._judge is not None
-        tokenizer = pl_module.tokenizer_beside
-        assert tokenizer is not None
-        with averaged_product(trainer, pl_module) as generator:
+        tokenizer = pl_module.frozen("tokenizer")
+        assert isinstance(tokenizer, ImageTokenizer)
+        precision = trainer.precision_plugin.forward_context()  # type: ignore[attr-defined]
+        with averaged_product(trainer, pl_module) as generator, precision:
             assert isinstance(generator, OneStepGenerator)
             labels = balanced_labels(self.samples, num_classes=generator.model.num_classes)
             training = generator.training

@@ -34,6 +34,10 @@ class ImageTokenizer(Pretrained, ABC):
     def codebook(self) -> Tensor:
         """Code vectors, one a row: (K, D)."""
 
+    def codebook_weight(self) -> Tensor:
+        """The parameter or buffer that holds the codebook; another one where `codebook` is computed from it."""
+        return self.codebook
+
     @abstractmethod
     def latents(self, images: Tensor) -> Tensor:
         """Encoder outputs before quantisation, (B, N, D)."""

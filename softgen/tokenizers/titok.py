@@ -292,6 +292,11 @@ class TiTok(ImageTokenizer):
         """Code vectors (K, D), unit vectors where `use_l2_norm`."""
         return self._normalised(self.quantizer.embedding.weight)
 
+    def codebook_weight(self) -> Tensor:
+        """See the base class: before it is normalised."""
+        weight: Tensor = self.quantizer.embedding.weight
+        return weight
+
     def _normalised(self, vectors: Tensor) -> Tensor:
         return F.normalize(vectors, dim=-1) if self.use_l2_norm else vectors
 

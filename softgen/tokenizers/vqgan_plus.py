@@ -279,6 +279,11 @@ class VQGANPlusTokenizer(ConvAutoencoder):
         codes: Tensor = self.quantizer.embedding.weight
         return F.normalize(codes, dim=-1) if self.unit else codes
 
+    def codebook_weight(self) -> Tensor:
+        """See the base class: before it is normalised."""
+        weight: Tensor = self.quantizer.embedding.weight
+        return weight
+
     def latents(self, images: Tensor) -> Tensor:
         """See the base class."""
         encoded = widen(self.encode_raw(images))

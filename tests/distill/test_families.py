@@ -103,8 +103,14 @@ def test_two_steps_move_the_student_and_nothing_that_is_frozen(teacher: Path, pr
             Reward(rewards=[_classifier()]),
         ],
         optimizer=OptimizerConfig(lr=1e-3),
-        teacher_dtype="bfloat16" if precision == "bf16-mixed" else "float32",
+        frozen_dtype="bfloat16" if precision == "bf16-mixed" else "float32",
     )
+    assert stage.tokenizer is not None
+    assert stage.tokenizer_beside is not None
+    dtypes = {parameter.dtype for parameter in stage.tokenizer.parameters()}
+    assert (torch.bfloat16 in dtypes) == (precision == "bf16-mixed")
+    assert stage.tokenizer.codebook.dtype == torch.float32
+    assert fingerprint(stage.tokenizer_beside) == fingerprint(load_tokenizer(teacher))
     before = {name: fingerprint(module) for name, module in stage.frozen_modules.items()}
     student = fingerprint(stage.student)
     trainer = Trainer(
