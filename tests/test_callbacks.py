@@ -196,3 +196,13 @@ def test_averaged_product_between_steps(averaging: bool) -> None:
     with suppress(KeyError), averaged_product(trainer, module):
         raise KeyError
     assert torch.equal(module.student.model.state_dict()["head.weight"], raw)
+
+
+def test_constants_that_no_checkpoint_holds_are_not_averaged() -> None:
+    """An attention mask of minus infinities would become NaN."""
+    module, ema = _module(), StudentEMA(decay=0.5)
+    mask = torch.full((2, 2), -torch.inf)
+    module.student.register_buffer("mask", mask, persistent=False)
+    _trainer(ema).fit(module, datamodule=_data())
+    with ema.averaged(module):
+        assert torch.equal(module.student.get_buffer("mask"), mask)

@@ -37,11 +37,13 @@ class ConvVQTokenizer(ImageTokenizer):
     """Convolutional encoder and decoder around a codebook of unit vectors.
 
     Args:
-        image_size: Pixels a side; divisible by 2^(levels - 1).
+        image_size: Pixels a side; divisible by patch_size 2^(levels - 1).
         num_codes: K, size of the codebook.
         code_dim: D, dimension of a code; small values (8 to 16) keep the codebook in use.
-        channels: Channels of each level, from full resolution down; each further level halves the side.
+        channels: Channels of each level, from the first down; each further level halves the side.
         res_blocks: Residual blocks a level.
+        patch_size: Pixels a side of the patches that the first level works on, 1 for single pixels; above 1 the costly
+            levels at full resolution are left out.
     """
 
     def __init__(
@@ -52,11 +54,14 @@ class ConvVQTokenizer(ImageTokenizer):
         code_dim: int = 16,
         channels: Sequence[int] = (32, 64, 64),
         res_blocks: int = 1,
+        patch_size: int = 1,
     ) -> None:
         super().__init__()
+        if patch_size < 1:
+            raise ValueError(f"tokenizer.patch_size: expected at least 1, got {patch_size}")
         if not channels:
             raise ValueError("tokenizer.channels: expected at least one level, got none")
-        factor = 2 ** (len(channels) - 1)
+        factor = patch_size * 2 ** (len(channels) - 1)
         if image_size < 1 or image_size % factor:
             raise ValueError(f"tokenizer.image_size: expected a multiple of {factor}, got {image_size}")
         if num_codes < 2 or code_dim < 1:
@@ -69,14 +74,15 @@ class ConvVQTokenizer(ImageTokenizer):
             "code_dim": code_dim,
             "channels": list(channels),
             "res_blocks": res_blocks,
+            "patch_size": patch_size,
         }
         self.image_size, self.num_codes, self.code_dim = image_size, num_codes, code_dim
         self.grid = image_size // factor
         self.num_sites = self.grid**2
         self.distance = "l2"
-        self.encoder = _encoder(channels, code_dim=code_dim, res_blocks=res_blocks)
+        self.encoder = _encoder(channels, code_dim=code_dim, res_blocks=res_blocks, patch_size=patch_size)
         self.quantizer = EMACodebook(num_codes=num_codes, code_dim=code_dim)
-        self.decoder = _decoder(channels, code_dim=code_dim, res_blocks=res_blocks)
+        self.decoder = _decoder(channels, code_dim=code_dim, res_blocks=res_blocks, patch_size=patch_size)
 
     @property
     def codebook(self) -> Tensor:
@@ -114,8 +120,9 @@ class ConvVQTokenizer(ImageTokenizer):
         return self.decode_raw(embeddings).clamp(0, 1)
 
 
-def _encoder(channels: Sequence[int], *, code_dim: int, res_blocks: int) -> nn.Sequential:
-    layers: list[nn.Module] = [nn.Conv2d(3, channels[0], 3, padding=1)]
+def _encoder(channels: Sequence[int], *, code_dim: int, res_blocks: int, patch_size: int) -> nn.Sequential:
+    patches = [nn.PixelUnshuffle(patch_size)] if patch_size > 1 else []
+    layers: list[nn.Module] = [*patches, nn.Conv2d(3 * patch_size**2, channels[0], 3, padding=1)]
     for level, width in enumerate(channels):
         if level > 0:
             layers.append(nn.Conv2d(channels[level - 1], width, 4, stride=2, padding=1))
@@ -123,10 +130,11 @@ def _encoder(channels: Sequence[int], *, code_dim: int, res_blocks: int) -> nn.S
     return nn.Sequential(*layers, nn.SiLU(), nn.Conv2d(channels[-1], code_dim, 1))
 
 
-def _decoder(channels: Sequence[int], *, code_dim: int, res_blocks: int) -> nn.Sequential:
+def _decoder(channels: Sequence[int], *, code_dim: int, res_blocks: int, patch_size: int) -> nn.Sequential:
     layers: list[nn.Module] = [nn.Conv2d(code_dim, channels[-1], 3, padding=1)]
     for level in reversed(range(len(channels))):
         layers.extend(ResidualBlock(channels[level]) for _ in range(res_blocks))
         if level > 0:
             layers.append(nn.ConvTranspose2d(channels[level], channels[level - 1], 4, stride=2, padding=1))
-    return nn.Sequential(*layers, nn.SiLU(), nn.Conv2d(channels[0], 3, 3, padding=1))
+    patches = [nn.PixelShuffle(patch_size)] if patch_size > 1 else []
+    return nn.Sequential(*layers, nn.SiLU(), nn.Conv2d(channels[0], 3 * patch_size**2, 3, padding=1), *patches)

@@ -97,3 +97,17 @@ def test_the_round_trip_is_bit_equal(tmp_path: Path) -> None:
     assert again.config == tokenizer.config
     assert torch.equal(again.latents(images), tokenizer.latents(images))
     assert torch.equal(again.decode(again.encode(images)), tokenizer.decode(tokenizer.encode(images)))
+
+
+@pytest.mark.parametrize(("patch_size", "channels", "grid"), [(2, (8, 8), 4), (4, (8,), 4), (1, (8, 8, 8), 4)])
+def test_patches_stand_for_levels(patch_size: int, channels: tuple[int, ...], grid: int) -> None:
+    tokenizer = ConvVQTokenizer(image_size=16, num_codes=8, code_dim=4, channels=channels, patch_size=patch_size)
+    assert tokenizer.grid == grid
+    images = torch.rand(2, 3, 16, 16)
+    assert tokenizer.encode(images).shape == (2, grid**2)
+    assert tokenizer.decode(tokenizer.encode(images)).shape == images.shape
+
+
+def test_a_patch_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^tokenizer.patch_size: expected at least 1, got 0$"):
+        ConvVQTokenizer(image_size=16, num_codes=8, patch_size=0)
