@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -11,7 +12,14 @@ import torch
 from softgen.classifier import RECIPES, named_data
 from softgen.cli import run_command
 from softgen.data.base import ImageDataModule
-from softgen.generation import autoregressive_tokens, balanced_labels, generate, one_step_tokens, teacher_tokens
+from softgen.generation import (
+    TokenSource,
+    autoregressive_tokens,
+    balanced_labels,
+    generate,
+    one_step_tokens,
+    teacher_tokens,
+)
 from softgen.guidance import check_guidance
 from softgen.loading import check_compatible, load_tokenizer
 from softgen.metrics.protocol import Protocol, small_protocol
@@ -19,8 +27,9 @@ from softgen.models.autoregressive import AutoregressiveTransformer
 from softgen.models.base import MaskedDiffusionModel
 from softgen.models.generator import OneStepGenerator
 from softgen.pretrained import Pretrained
+from softgen.prompt_evaluation import check_text_conditional, open_clip_model, shapes_rows
 from softgen.sample import backbone_of, check_finite, check_positive, check_writable, choose_device
-from softgen.sampling import AutoregressiveSampler, HaltonSampler, MaskGITSampler, reveal_counts
+from softgen.sampling import AutoregressiveSampler, HaltonSampler, MaskGITSampler, Sampler, reveal_counts
 from softgen.training.stage import check_conditions
 
 PROGRAM = "softgen.evaluate"
@@ -44,10 +53,12 @@ class Row:
 def evaluate(
     *,
     model: str,
+    task: Literal["classes", "shapes"] = "classes",
     data: ImageDataModule | None = None,
     data_name: Literal["digits", "fashion_mnist"] = "digits",
     data_root: str = "data/fashion_mnist",
     extractor: str | None = None,
+    clip: str | None = None,
     tokenizer: str | None = None,
     n: int = 0,
     steps: list[int] = [8],  # noqa: B006 - never changed; jsonargparse shows it
@@ -61,18 +72,21 @@ def evaluate(
     device: str | None = None,
     threads: int | None = None,
 ) -> None:
-    """Print Frechet distance, class accuracy, precision and recall, each with its protocol and n.
+    """Print Frechet distance, class accuracy, precision and recall, or how many prompts were drawn right, with n.
 
     Args:
         model: Folder or hub id of a teacher, or of a one-step generator (which ignores the options of samplers), or of
             an autoregressive model (which takes temperature and guidance).
+        task: `classes` for class-conditional models; for text-conditional ones `shapes`, the six tasks of GenEval on
+            prompts of `softgen.data.Shapes` that no training shows, verified by a program.
         data: Real images, as a data module (class_path and init_args); with it, `extractor` is required to exist.
         data_name: Real images known by name, where `data` is not given.
         data_root: Folder of Fashion-MNIST's files.
         extractor: Folder of the classifier whose features are compared; by default runs/<data_name>/extractor, where
             it is trained (fixed seed, under a minute) if it is not there yet.
+        clip: For `shapes`: folder of a CLIP, whose mean cosine of picture and prompt is added.
         tokenizer: Folder or hub id; by default the one beside the model.
-        n: Number of samples; 0 takes 1797 for digits and 10,000 otherwise.
+        n: Number of samples; 0 takes 1797 for digits, 1000 for prompts and 10,000 otherwise.
         steps: For a teacher, one row for each number of steps.
         sampler: `maskgit` or `halton`.
         guidance: Scale of classifier-free guidance; 1 is off.
@@ -87,7 +101,8 @@ def evaluate(
     Raises:
         ValueError: Naming the option, what was expected and what was got.
     """
-    n = n or (1797 if data is None and data_name == "digits" else 10_000)
+    if not n:
+        n = 1000 if task == "shapes" else 1797 if data is None and data_name == "digits" else 10_000
     check_positive(n=n, batch_size=batch_size, threads=1 if threads is None else threads)
     check_finite(temperature=temperature, confidence_noise=confidence_noise)
     if not steps:
@@ -102,26 +117,30 @@ def evaluate(
     decoder = load_tokenizer(tokenizer if tokenizer is not None else model).to(target)
     check_compatible(backbone, decoder)
     check_guidance(backbone, guidance)
-    sources = {}
-    if isinstance(opened, OneStepGenerator):
-        sources["one_step"] = one_step_tokens(opened, temperature=temperature)
-    elif isinstance(backbone, AutoregressiveTransformer):
-        sampling = AutoregressiveSampler(temperature=temperature, guidance=guidance)
-        sources["autoregressive"] = autoregressive_tokens(backbone, sampling)
-    else:
-        assert isinstance(backbone, MaskedDiffusionModel)
-        for count in steps:
-            reveal_counts("arccos", num_sites=backbone.num_sites, steps=count)
-            chosen: MaskGITSampler | HaltonSampler
-            if sampler == "maskgit":
-                chosen = MaskGITSampler(
-                    steps=count, guidance=guidance, confidence_noise=confidence_noise, temperature=temperature
-                )
-            else:
-                chosen = HaltonSampler(steps=count, guidance=guidance, temperature=temperature)
-            sources[f"{sampler}_{count}"] = teacher_tokens(backbone, chosen)
+    sources = _sources(
+        opened,
+        steps=steps,
+        sampler=sampler,
+        guidance=guidance,
+        confidence_noise=confidence_noise,
+        temperature=temperature,
+    )
     if out is not None:
         check_writable(Path(out).parent)
+    facts = {"model": model, "seed": seed, "guidance": guidance}
+    if task == "shapes":
+        check_text_conditional(backbone, task=task)
+        judge = open_clip_model(clip)
+        drawn = shapes_rows(
+            sources, decoder, n=n, seed=seed, batch_size=batch_size, clip=None if judge is None else judge.to(target)
+        )
+        for line in drawn:
+            print(line)
+        if out is not None:
+            write_json(Path(out), {**facts, "task": task, "rows": [asdict(line) for line in drawn]})
+        return
+    if backbone.text_encoder is not None:
+        raise ValueError(f"task: expected shapes or geneval for a text-conditional model, got {task}")
     protocol = named_protocol(data_name, data_root=data_root, folder=extractor) if data is None else None
     if protocol is None:
         assert data is not None
@@ -138,10 +157,35 @@ def evaluate(
         rows.append(row)
         print(_line(row))
     if out is not None:
-        write_json(
-            Path(out),
-            {"model": model, "seed": seed, "guidance": guidance, "rows": [asdict(row) for row in rows]},
-        )
+        write_json(Path(out), {**facts, "rows": [asdict(row) for row in rows]})
+
+
+def _sources(
+    opened: Pretrained,
+    *,
+    steps: Sequence[int],
+    sampler: Literal["maskgit", "halton"],
+    guidance: float,
+    confidence_noise: float,
+    temperature: float,
+) -> dict[str, TokenSource]:
+    """What a model can be sampled by, one row of the table each."""
+    if isinstance(opened, OneStepGenerator):
+        return {"one_step": one_step_tokens(opened, temperature=temperature)}
+    if isinstance(opened, AutoregressiveTransformer):
+        sampling = AutoregressiveSampler(temperature=temperature, guidance=guidance)
+        return {"autoregressive": autoregressive_tokens(opened, sampling)}
+    assert isinstance(opened, MaskedDiffusionModel)
+    sources = {}
+    for count in steps:
+        reveal_counts("arccos", num_sites=opened.num_sites, steps=count)
+        chosen: Sampler = HaltonSampler(steps=count, guidance=guidance, temperature=temperature)
+        if sampler == "maskgit":
+            chosen = MaskGITSampler(
+                steps=count, guidance=guidance, confidence_noise=confidence_noise, temperature=temperature
+            )
+        sources[f"{sampler}_{count}"] = teacher_tokens(opened, chosen)
+    return sources
 
 
 def named_protocol(

@@ -1,4 +1,7 @@
-"""Raise a reward of chosen samples: `python -m tteo --generator DIR --label 3 --reward CLASS`."""
+"""Raise a reward of chosen samples: `python -m tteo --generator DIR --label 3 --reward CLASS`.
+
+A text-conditional generator takes `--prompt "a red circle"` instead.
+"""
 
 from pathlib import Path
 
@@ -10,7 +13,7 @@ from softgen.cli import run_command
 from softgen.evaluate import write_json
 from softgen.images import save_grid, save_image
 from softgen.loading import load_generator, load_tokenizer
-from softgen.sample import check_writable, choose_device
+from softgen.sample import check_writable, choose_device, read_prompts, wanted_conditions
 from tteo.optimize import TTEOSettings, optimize
 from tteo.result import TTEOResult
 
@@ -20,8 +23,10 @@ PROGRAM = "tteo"
 def tteo(
     *,
     generator: str,
-    label: int | list[int],
     reward: Reward | str,
+    label: int | list[int] | None = None,
+    prompt: str | list[str] | None = None,
+    prompt_file: str | None = None,
     tokenizer: str | None = None,
     out: str = "runs/tteo",
     settings: TTEOSettings = TTEOSettings(),  # noqa: B008 - frozen
@@ -32,9 +37,11 @@ def tteo(
 
     Args:
         generator: Folder or hub id of a one-step generator.
-        label: Class, or a list of classes, one image each (times `settings.candidates`).
         reward: What is climbed, e.g. `rewards.ClassifierReward`; or a name that `python -m rewards list` shows, for
             one that needs no arguments.
+        label: Class, or a list of classes, one image each (times `settings.candidates`).
+        prompt: The same for a text-conditional generator.
+        prompt_file: As `prompt`, from a .txt file, one a line.
         tokenizer: Folder or hub id; by default the one beside the generator.
         out: Folder to write to.
         settings: How the embedding is moved.
@@ -49,11 +56,14 @@ def tteo(
     check_writable(Path(out))
     model = load_generator(generator).to(target)
     decoder = load_tokenizer(tokenizer if tokenizer is not None else generator).to(target)
-    labels = torch.tensor([label] if isinstance(label, int) else label, dtype=torch.long)
+    labels, prompts = ([given] if isinstance(given, (int, str)) else given for given in (label, prompt))
+    prompts = read_prompts(prompts, prompt_file)
+    count = len(labels or prompts or ())
+    asked = wanted_conditions(model.model, n=count, labels=labels, prompts=prompts)
     scorer = (build(reward) if isinstance(reward, str) else reward).to(target)
-    if len(labels):
-        probe_reward(scorer, image_size=decoder.image_size, conditions=labels[:1].to(target))
-    result = optimize(model, decoder, scorer, labels, settings=settings, seed=seed)
+    if len(asked):
+        probe_reward(scorer, image_size=decoder.image_size, conditions=asked[:1])
+    result = optimize(model, decoder, scorer, asked, settings=settings, seed=seed)
     write_result(result, Path(out))
     before, after = result.before.mean().item(), result.after.mean().item()
     print(f"mean score {before:.4g} -> {after:.4g} on {len(result.after)} hard-decoded images: {out}/before_after.png")

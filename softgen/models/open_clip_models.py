@@ -43,6 +43,8 @@ class OpenCLIP(Pretrained):
         super().__init__()
         open_clip = _open_clip()
         settings = _settings(open_clip, SMALL if architecture is None else architecture)
+        if missing := [name for name in ("embed_dim", "vision_cfg", "text_cfg") if name not in settings]:
+            raise ValueError(f"clip.architecture: expected settings of open_clip, got none for {missing[0]}")
         if image_size is not None:
             settings["vision_cfg"]["image_size"] = image_size
         self.config = {"architecture": settings}

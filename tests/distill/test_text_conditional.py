@@ -9,6 +9,8 @@ import torch
 from distill import SoftDiMO
 from rewards import CLIPReward
 from softgen import load_generator, load_model, load_tokenizer
+from softgen.data.scenes import TASKS
+from softgen.evaluate import evaluate
 from softgen.fit import main
 from softgen.models import MaskedTransformer, OpenCLIP, WordTextEncoder
 from softgen.pretrained import Pretrained, fingerprint
@@ -167,3 +169,56 @@ def test_sampling_without_prompts_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         sample(model=str(folder / "teacher" / "model"), out=str(tmp_path), device="cpu", **options)  # type: ignore[arg-type]
+
+
+def test_evaluation_on_unseen_prompts(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    evaluate(
+        model=str(folder / "teacher" / "model"),
+        task="shapes",
+        clip=str(folder / "clip" / "model"),
+        n=12,
+        steps=[1, 2],
+        guidance=2.0,
+        out=str(tmp_path / "scores.json"),
+        device="cpu",
+    )
+    rows = json.loads((tmp_path / "scores.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ["maskgit_1", "maskgit_2"]
+    assert set(rows[0]["tasks"]) == {*TASKS, "overall"}
+    assert all(-1 <= row["clip"] <= 1 and row["n"] == 12 for row in rows)
+    assert "overall" in capsys.readouterr().out
+
+
+def test_evaluation_as_classes_is_refused(folder: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"^task: expected shapes or geneval for a text-conditional model, got classes$"
+    ):
+        evaluate(model=str(folder / "teacher" / "model"), device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["--data=softgen.data.Labels", "--data.init_args.num_classes=3"],
+            "data: expected captioned images, got a Lab",
+        ),
+        (["--data.init_args.image_size=32"], "data.image_size: expected 16 pixels as the model has, got 32"),
+        (
+            ["--model.init_args.model.init_args.architecture=nonsense"],
+            "clip.architecture: expected one that open_clip knows, got 'nonsense'",
+        ),
+        (
+            ['--model.init_args.model.init_args.architecture={"embed_dim": 8}'],
+            "clip.architecture: expected settings of open_clip",
+        ),
+    ],
+)
+def test_a_clip_that_cannot_be_trained(
+    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = ["--model=softgen.training.CLIPTraining", "--model.init_args.model=softgen.models.OpenCLIP"]
+    architecture = f"--model.init_args.model.init_args.architecture={json.dumps(TINY_CLIP)}"
+    with pytest.raises(SystemExit):
+        fit(tmp_path, *model, architecture, *words)
+    assert message in capsys.readouterr().err

@@ -1,16 +1,26 @@
 """`python -m tteo` from a saved generator to its files."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
+from rewards import Reward
 from softgen.metrics import SmallClassifier
-from softgen.models import MaskedTransformer, OneStepGenerator
+from softgen.models import MaskedTransformer, OneStepGenerator, WordTextEncoder
 from softgen.tokenizers import ConvVQTokenizer
 from tteo.__main__ import main
+
+
+class Brightness(Reward):
+    """The mean of the pixels."""
+
+    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return images.mean(dim=(1, 2, 3))
 
 
 @pytest.fixture
@@ -59,9 +69,11 @@ def test_bad_input_is_one_line(folders: tuple[str, str], capsys: pytest.CaptureF
     student, net = folders
     words = [f"--generator={student}", "--reward=rewards.ClassifierReward", f"--reward.classifier={net}"]
     for extra, message in (
-        ("--label=[11]", "reward classifier: expected labels in [0, 9], got 11"),
-        ("--label=11", "reward classifier: expected labels in [0, 9], got 11"),
-        ("--label=[]", "conditions: expected at least one label or prompt, got none"),
+        ("--label=[11]", "labels: expected classes in 0..9, got 11"),
+        ("--label=11", "labels: expected classes in 0..9, got 11"),
+        ("--label=[]", "labels: expected at least one class, got none"),
+        ("--seed=1", "conditions: expected at least one label or prompt, got none"),
+        ("--prompt=three", "prompts: expected labels, since this model is class-conditional, got prompts"),
     ):
         with pytest.raises(SystemExit) as stop:
             main([*words, extra, "--device=cpu"])
@@ -77,3 +89,18 @@ def test_an_unknown_reward_is_answered_by_the_known_ones(
     assert stop.value.code == 2
     message = "reward: expected one of aesthetic, classifier, clip, hpsv2, hpsv3, imagereward, pickscore, or the dotted"
     assert message in capsys.readouterr().err
+
+
+def test_prompts_of_a_text_conditional_generator(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    encoder = WordTextEncoder(vocabulary=["a", "red", "circle"], num_words=8, width=8, heads=2)
+    model = MaskedTransformer(num_codes=7, num_sites=16, width=16, depth=1, heads=2, text_encoder=encoder)
+    tokenizer = ConvVQTokenizer(image_size=8, num_codes=7, channels=[8, 8])
+    OneStepGenerator(model).save_pretrained(tmp_path / "student", tokenizer=tokenizer)
+    (tmp_path / "prompts.txt").write_text("a red circle\n\na circle\n")
+    words = [f"--generator={tmp_path}/student", "--reward=test_command.Brightness", "--device=cpu"]
+    for given, count in (("--prompt=a red circle", 1), (f"--prompt_file={tmp_path}/prompts.txt", 2)):
+        main([*words, given, "--settings.steps=1", f"--out={tmp_path / str(count)}"])
+        assert len(json.loads((tmp_path / str(count) / "scores.json").read_text())["after"]) == count
+    with pytest.raises(SystemExit):
+        main([*words, "--label=3"])
+    assert "labels: expected prompts, since this model is text-conditional, got labels" in capsys.readouterr().err

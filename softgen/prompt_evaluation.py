@@ -1,0 +1,101 @@
+"""How well text-conditional models draw what is asked for."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from softgen.data.scenes import shapes_prompts
+from softgen.generation import TokenSource, generate
+from softgen.metrics.shapes_geneval import ShapesGenEval
+from softgen.models.base import ImageCodeModel
+from softgen.models.open_clip_models import OpenCLIP
+from softgen.tokenizers.base import ImageTokenizer
+
+
+@dataclass(frozen=True)
+class PromptRow:
+    """One line of a table.
+
+    Attributes:
+        name: Of the sampler.
+        tasks: Share of right pictures of each task, and `overall`, the mean of the tasks.
+        clip: Mean cosine of picture and prompt under a CLIP, if one was given.
+        n: Pictures.
+        seconds: Of sampling.
+    """
+
+    name: str
+    tasks: Mapping[str, float]
+    clip: float | None
+    n: int
+    seconds: float
+
+    def __str__(self) -> str:
+        parts = [f"{self.name:12s}", *(f"{task} {share:.3f}" for task, share in self.tasks.items())]
+        if self.clip is not None:
+            parts.append(f"clip {self.clip:.4f}")
+        return "  ".join([*parts, f"n {self.n}", f"sampling {self.seconds:.1f} s"])
+
+
+def check_text_conditional(backbone: ImageCodeModel, *, task: str) -> None:
+    """Refuse a class-conditional model.
+
+    Raises:
+        ValueError: Naming the task.
+    """
+    if backbone.text_encoder is None:
+        raise ValueError(f"task: expected classes for a class-conditional model, got {task}")
+
+
+def open_clip_model(folder: str | None) -> OpenCLIP | None:
+    """The CLIP in a folder of ours.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if folder is None:
+        return None
+    return OpenCLIP.from_pretrained(folder, key="clip")
+
+
+@torch.inference_mode()
+def clip_similarity(clip: OpenCLIP, images: torch.Tensor, prompts: Sequence[str], *, batch_size: int = 256) -> float:
+    """Mean cosine of images (n, 3, H, W) in [0, 1] and their n prompts."""
+    device = clip.logit_scale.device
+    parts = [
+        (clip.encode_images(some.to(device)) * clip.encode_prompts(prompts[first : first + batch_size])).sum(dim=1)
+        for first, some in zip(range(0, len(images), batch_size), torch.split(images, batch_size), strict=True)
+    ]
+    return float(torch.cat(parts).mean())
+
+
+def shapes_rows(
+    sources: Mapping[str, TokenSource],
+    tokenizer: ImageTokenizer,
+    *,
+    n: int,
+    seed: int,
+    batch_size: int = 256,
+    clip: OpenCLIP | None = None,
+) -> list[PromptRow]:
+    """Score samplers on n prompts of `Shapes` that no training shows, by `ShapesGenEval`.
+
+    Args:
+        sources: By name.
+        tokenizer: Decodes the tokens.
+        n: Prompts, spread evenly over the six tasks.
+        seed: Picture i depends on (seed, i) alone.
+        batch_size: Pictures a pass.
+        clip: Adds its mean cosine.
+    """
+    prompts = [asked.prompt for asked in shapes_prompts(n)]
+    rows = []
+    for name, source in sources.items():
+        made = generate(source, tokenizer, prompts, seed=seed, batch_size=batch_size, progress=name)
+        metric = ShapesGenEval()
+        metric.update(made.images, prompts)
+        tasks = {task: round(float(share), 4) for task, share in metric.compute().items()}
+        cosine = clip_similarity(clip, made.images, prompts, batch_size=batch_size) if clip is not None else None
+        rows.append(PromptRow(name, tasks, cosine, n, round(made.seconds, 3)))
+    return rows
