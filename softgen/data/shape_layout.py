@@ -29,7 +29,7 @@ def lay_out(radius: Tensor, *, is_related: Tensor, draws: Tensor) -> Tensor:
     Returns:
         (B, 4, 2): along the row, and across the rows.
     """
-    row_splits, row_split, places_along, places_across = draws.split((2, 1, 4, 4), dim=1)
+    row_splits, row_split, places_along, places_across = torch.split(draws, [2, 1, 4, 4], dim=1)
     pairs = radius.view(-1, 2, 2)
     along_parts = _parts(pairs, row_splits).flatten(1, 2)
     along = _within(along_parts, radius, places_along)

@@ -17,6 +17,7 @@ from softgen.data.scenes import (
     TASKS,
     TEMPLATES,
     Description,
+    ShownObject,
     descriptions,
 )
 from softgen.data.shape_drawing import BACKGROUND_GREY, COLOUR_RGB, MAX_OBJECTS, Pictures, draw
@@ -33,30 +34,11 @@ _TINT_JITTER = 0.015
 _RADII = torch.tensor(
     (
         (0.15, 0.20, 0.28, 0.36),
-        (0.12, 0.14, 0.165, 0.19),
-        (0.12, 0.14, 0.14, 0.16),
-        (0.12, 0.14, 0.14, 0.16),
+        (0.15, 0.165, 0.185, 0.205),
+        (0.15, 0.165, 0.165, 0.18),
+        (0.15, 0.165, 0.165, 0.18),
     )
 )
-
-
-@dataclass(frozen=True)
-class ShownObject:
-    """An object of a picture.
-
-    Attributes:
-        kind: One of `KINDS`.
-        colour: One of `COLOURS`.
-        x: Middle of its bounding box, as a fraction of the width.
-        y: Middle of its bounding box from the top, as a fraction of the height.
-        radius: Half of its width, as a fraction of the image's; a square's half side is 0.88 of it.
-    """
-
-    kind: str
-    colour: str
-    x: float
-    y: float
-    radius: float
 
 
 @dataclass(frozen=True)
@@ -113,7 +95,7 @@ class ShapesSource:
     def _sample(self, indices: Sequence[int]) -> tuple[Tensor, Tensor, Pictures]:
         """Rows of the table (B,), templates (B,) and pictures."""
         noise = SampleRandom(derive_seed(self.seed, "shapes", self.split), indices, device=torch.device("cpu"))
-        wording, looks = noise.uniform(2 + _LOOKS_DRAWS).split((2, _LOOKS_DRAWS), dim=1)
+        wording, looks = torch.split(noise.uniform(2 + _LOOKS_DRAWS), [2, _LOOKS_DRAWS], dim=1)
         choice = wording[:, 0].double()
         if self.split == "val":
             choice = (torch.as_tensor(indices) % len(TASKS) + choice) / len(TASKS)
@@ -209,7 +191,9 @@ class _Table:
         self.descriptions = [description for group in by_task for description in group]
         self.captions = [description.caption for description in self.descriptions]
         self.kind = torch.tensor([_places([KINDS.index(a.kind) for a in d.objects], d) for d in self.descriptions])
-        self.colour = torch.tensor([_places([_index(COLOURS, a.colour) for a in d.objects], d) for d in self.descriptions])
+        self.colour = torch.tensor(
+            [_places([_index(COLOURS, a.colour) for a in d.objects], d) for d in self.descriptions]
+        )
         self.size = torch.tensor([_places([_index(SIZES, a.size) for a in d.objects], d) for d in self.descriptions])
         self.background = torch.tensor([_index(BACKGROUNDS, d.background) for d in self.descriptions])
         self.relation = torch.tensor([_index(RELATIONS, d.relation) for d in self.descriptions])
@@ -228,7 +212,7 @@ class _Table:
 
     def pictures(self, rows: Tensor, draws: Tensor) -> Pictures:
         """Pictures that fit the descriptions at `rows` (B,), all else by uniform draws (B, _LOOKS_DRAWS)."""
-        layout, colour, rgb, size, level, tint, turns = draws.split(_LOOKS, dim=1)
+        layout, colour, rgb, size, level, tint, turns = torch.split(draws, _LOOKS, dim=1)
         kind = self.kind[rows]
         colour = torch.where(self.is_one_colour[rows, None], colour[:, :1], colour)
         colours = _stated_or(self.colour[rows], (colour * len(COLOURS)).long())
@@ -266,7 +250,7 @@ class _Table:
 
 
 # How the random draws of one picture are shared out, in the order of `_Table.pictures`.
-_LOOKS = (LAYOUT_DRAWS, MAX_OBJECTS, 3 * MAX_OBJECTS, MAX_OBJECTS, 2, 3, 3)
+_LOOKS = [LAYOUT_DRAWS, MAX_OBJECTS, 3 * MAX_OBJECTS, MAX_OBJECTS, 2, 3, 3]
 _LOOKS_DRAWS = sum(_LOOKS)
 
 
