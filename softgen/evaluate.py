@@ -20,6 +20,7 @@ from softgen.generation import (
     one_step_tokens,
     teacher_tokens,
 )
+from softgen.geneval import read_geneval_metadata, read_geneval_results
 from softgen.guidance import check_guidance
 from softgen.loading import check_compatible, load_tokenizer
 from softgen.metrics.protocol import Protocol, small_protocol
@@ -27,7 +28,12 @@ from softgen.models.autoregressive import AutoregressiveTransformer
 from softgen.models.base import MaskedDiffusionModel
 from softgen.models.generator import OneStepGenerator
 from softgen.pretrained import Pretrained
-from softgen.prompt_evaluation import check_text_conditional, open_clip_model, shapes_rows
+from softgen.prompt_evaluation import (
+    check_text_conditional,
+    open_clip_model,
+    shapes_rows,
+    write_geneval_images,
+)
 from softgen.sample import backbone_of, check_finite, check_positive, check_writable, choose_device
 from softgen.sampling import AutoregressiveSampler, HaltonSampler, MaskGITSampler, Sampler, reveal_counts
 from softgen.training.stage import check_conditions
@@ -52,8 +58,11 @@ class Row:
 
 def evaluate(
     *,
-    model: str,
-    task: Literal["classes", "shapes"] = "classes",
+    model: str | None = None,
+    task: Literal["classes", "shapes", "geneval"] = "classes",
+    metadata: str | None = None,
+    images: str | None = None,
+    results: str | None = None,
     data: ImageDataModule | None = None,
     data_name: Literal["digits", "fashion_mnist"] = "digits",
     data_root: str = "data/fashion_mnist",
@@ -78,7 +87,11 @@ def evaluate(
         model: Folder or hub id of a teacher, or of a one-step generator (which ignores the options of samplers), or of
             an autoregressive model (which takes temperature and guidance).
         task: `classes` for class-conditional models; for text-conditional ones `shapes`, the six tasks of GenEval on
-            prompts of `softgen.data.Shapes` that no training shows, verified by a program.
+            prompts of `softgen.data.Shapes` that no training shows, verified by a program; or `geneval` itself, whose
+            evaluator runs elsewhere (arXiv 2310.11513): its images are written, or its results read.
+        metadata: For `geneval`: its evaluation_metadata.jsonl.
+        images: For `geneval`: folder to write four images of every prompt to, in its own layout.
+        results: For `geneval`: the evaluator's result file, read back into a table; takes no model.
         data: Real images, as a data module (class_path and init_args); with it, `extractor` is required to exist.
         data_name: Real images known by name, where `data` is not given.
         data_root: Folder of Fashion-MNIST's files.
@@ -101,6 +114,14 @@ def evaluate(
     Raises:
         ValueError: Naming the option, what was expected and what was got.
     """
+    if results is not None:
+        print_geneval_results(results, metadata=metadata, out=out)
+        return
+    if model is None:
+        raise ValueError("model: expected a folder or hub id, got none")
+    if task == "geneval" and (metadata is None or images is None):
+        missing = "metadata" if metadata is None else "images"
+        raise ValueError(f"{missing}: expected a path for task geneval, got none")
     if not n:
         n = 1000 if task == "shapes" else 1797 if data is None and data_name == "digits" else 10_000
     check_positive(n=n, batch_size=batch_size, threads=1 if threads is None else threads)
@@ -139,6 +160,20 @@ def evaluate(
         if out is not None:
             write_json(Path(out), {**facts, "task": task, "rows": [asdict(line) for line in drawn]})
         return
+    if task == "geneval":
+        assert metadata is not None
+        assert images is not None
+        check_text_conditional(backbone, task=task)
+        if len(sources) > 1:
+            raise ValueError(f"steps: expected one number of steps for task geneval, got {len(sources)}")
+        ((name, source),) = sources.items()
+        made_by = f"{model}, {name}, guidance {guidance:g}, seed {seed}"
+        rows_asked = read_geneval_metadata(metadata)
+        write_geneval_images(
+            source, decoder, Path(images), rows_asked, made_by=made_by, seed=seed, batch_size=batch_size
+        )
+        print(f"{len(rows_asked)} prompts, 4 images each: {images}")
+        return
     if backbone.text_encoder is not None:
         raise ValueError(f"task: expected shapes or geneval for a text-conditional model, got {task}")
     protocol = named_protocol(data_name, data_root=data_root, folder=extractor) if data is None else None
@@ -158,6 +193,20 @@ def evaluate(
         print(_line(row))
     if out is not None:
         write_json(Path(out), {**facts, "rows": [asdict(row) for row in rows]})
+
+
+def print_geneval_results(results: str, *, metadata: str | None, out: str | None) -> None:
+    """Print the shares of the official evaluator's result file, and write them to a JSON file.
+
+    Raises:
+        ValueError: If there is no metadata, or the file does not match it.
+    """
+    if metadata is None:
+        raise ValueError("metadata: expected the file that the images were made from, got none")
+    scores = read_geneval_results(results, read_geneval_metadata(metadata))
+    print("  ".join([*(f"{task} {share:.3f}" for task, share in scores.table.items()), f"n {scores.num_images}"]))
+    if out is not None:
+        write_json(Path(out), {"task": "geneval", "tasks": scores.table, "n": scores.num_images})
 
 
 def _sources(

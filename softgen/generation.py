@@ -52,6 +52,7 @@ def generate(
     seed: int,
     batch_size: int = 256,
     progress: str | None = None,
+    first: int = 0,
 ) -> Generated:
     """Sample one image a label, or a prompt.
 
@@ -59,14 +60,16 @@ def generate(
         tokens_of: From `teacher_tokens` or `one_step_tokens`.
         tokenizer: Decodes the tokens; its device is used throughout.
         asked: Labels (n,) int64, or n prompts.
-        seed: Image i depends on (seed, i) alone.
+        seed: Image i depends on (seed, first + i) alone.
         batch_size: Images a pass.
+        first: Number of the first image, for those that are made in several calls.
         progress: Text of a progress bar; None shows none.
     """
     device = tokenizer.codebook.device
     images, seconds = [], 0.0
     for ordinals in tqdm(list(_slices(len(asked), batch_size)), desc=progress, disable=progress is None):
-        noise = SampleRandom(derive_seed(seed, "generate"), ordinals, device=device)
+        numbers = range(first + ordinals.start, first + ordinals.stop)
+        noise = SampleRandom(derive_seed(seed, "generate"), numbers, device=device)
         batch = asked[ordinals.start : ordinals.stop]
         if isinstance(batch, Tensor):
             batch = batch.to(device)

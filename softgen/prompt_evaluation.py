@@ -2,11 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from softgen.data.scenes import shapes_prompts
 from softgen.generation import TokenSource, generate
+from softgen.geneval import write_geneval
 from softgen.metrics.shapes_geneval import ShapesGenEval
 from softgen.models.base import ImageCodeModel
 from softgen.models.open_clip_models import OpenCLIP
@@ -60,7 +64,7 @@ def open_clip_model(folder: str | None) -> OpenCLIP | None:
 
 
 @torch.inference_mode()
-def clip_similarity(clip: OpenCLIP, images: torch.Tensor, prompts: Sequence[str], *, batch_size: int = 256) -> float:
+def clip_similarity(clip: OpenCLIP, images: Tensor, prompts: Sequence[str], *, batch_size: int = 256) -> float:
     """Mean cosine of images (n, 3, H, W) in [0, 1] and their n prompts."""
     device = clip.logit_scale.device
     parts = [
@@ -68,6 +72,44 @@ def clip_similarity(clip: OpenCLIP, images: torch.Tensor, prompts: Sequence[str]
         for first, some in zip(range(0, len(images), batch_size), torch.split(images, batch_size), strict=True)
     ]
     return float(torch.cat(parts).mean())
+
+
+def write_geneval_images(
+    source: TokenSource,
+    tokenizer: ImageTokenizer,
+    folder: Path,
+    metadata: Sequence[Mapping[str, Any]],
+    *,
+    made_by: str,
+    seed: int,
+    samples: int = 4,
+    batch_size: int = 256,
+) -> None:
+    """Draw GenEval's prompts into its own folder layout; an interrupted call is continued by the same one.
+
+    Args:
+        source: Draws the tokens.
+        tokenizer: Decodes them.
+        folder: Where to write.
+        metadata: Rows of `softgen.geneval.read_geneval_metadata`.
+        made_by: Kept in the folder, so that two models never mix.
+        seed: Sample s of prompt i depends on (seed, i, s) alone.
+        samples: Images a prompt.
+        batch_size: Images a pass, at least those of one prompt.
+    """
+    chunk = max(1, batch_size // samples)
+    drawn: dict[int, Tensor] = {}
+
+    def images_of(index: int, prompt: str) -> Tensor:
+        if index not in drawn:
+            drawn.clear()
+            rows = metadata[index : index + chunk]
+            prompts = [str(row["prompt"]) for row in rows for _ in range(samples)]
+            made = generate(source, tokenizer, prompts, seed=seed, batch_size=batch_size, first=index * samples)
+            drawn.update({index + place: images for place, images in enumerate(torch.split(made.images, samples))})
+        return drawn.pop(index)
+
+    write_geneval(folder, metadata, images_of, source=made_by, samples=samples)
 
 
 def shapes_rows(

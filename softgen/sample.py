@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from softgen.cli import run_command
+from softgen.data.prompts import read_prompts
 from softgen.generation import (
     TokenSource,
     autoregressive_tokens,
@@ -64,7 +65,7 @@ def sample(
         n: Number of images.
         labels: Classes to go round; by default all.
         prompts: Of a text-conditional model: prompts to go round.
-        prompt_file: As `prompts`, from a .txt file, one a line.
+        prompt_file: As `prompts`, from a .txt file, one a line, or a .jsonl or .parquet file with `prompt`.
         sampler: `maskgit` reveals the most confident sites first, `halton` spreads them over the image; `published` is
             that of a published model's authors at their settings, which takes none of the options below.
         steps: Passes of a multi-step sampler.
@@ -107,28 +108,24 @@ def sample(
                 else HaltonSampler(**common, temperature=temperature)
             )
         tokens_of = teacher_tokens(backbone, chosen)
-    wanted = wanted_conditions(backbone, n=n, labels=labels, prompts=read_prompts(prompts, prompt_file))
+    wanted = wanted_conditions(backbone, n=n, labels=labels, prompts=prompts_of(prompts, prompt_file))
     check_writable(Path(out))
     result = generate(tokens_of, decoder, wanted, seed=seed, batch_size=batch_size, progress="sampling")
     _write(result.images, Path(out), columns=columns, save_images=save_images)
     print(f"{n} images in {result.seconds:.2f} s of sampling: {Path(out) / 'grid.png'}")
 
 
-def read_prompts(prompts: Sequence[str] | None, prompt_file: str | None) -> Sequence[str] | None:
-    """The prompts given, or those of the lines of a file.
+def prompts_of(prompts: Sequence[str] | None, prompt_file: str | None) -> Sequence[str] | None:
+    """The prompts given, or those of a file.
 
     Raises:
-        ValueError: If both are given, or the file cannot be read or is empty.
+        ValueError: If both are given, or the file cannot be read.
     """
     if prompt_file is None:
         return prompts
     if prompts is not None:
         raise ValueError("prompt_file: expected prompts or a file of them, got both")
-    try:
-        lines = [line.strip() for line in Path(prompt_file).read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"prompt_file: expected a text file, got {prompt_file!r} ({error})") from error
-    return [line for line in lines if line]
+    return read_prompts(Path(prompt_file))
 
 
 def wanted_conditions(

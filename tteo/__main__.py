@@ -13,7 +13,7 @@ from softgen.cli import run_command
 from softgen.evaluate import write_json
 from softgen.images import save_grid, save_image
 from softgen.loading import load_generator, load_tokenizer
-from softgen.sample import check_writable, choose_device, read_prompts, wanted_conditions
+from softgen.sample import check_writable, choose_device, prompts_of, wanted_conditions
 from tteo.optimize import TTEOSettings, optimize
 from tteo.result import TTEOResult
 
@@ -41,7 +41,7 @@ def tteo(
             one that needs no arguments.
         label: Class, or a list of classes, one image each (times `settings.candidates`).
         prompt: The same for a text-conditional generator.
-        prompt_file: As `prompt`, from a .txt file, one a line.
+        prompt_file: As `prompt`, from a .txt file, one a line, or a .jsonl or .parquet file with `prompt`.
         tokenizer: Folder or hub id; by default the one beside the generator.
         out: Folder to write to.
         settings: How the embedding is moved.
@@ -56,8 +56,8 @@ def tteo(
     check_writable(Path(out))
     model = load_generator(generator).to(target)
     decoder = load_tokenizer(tokenizer if tokenizer is not None else generator).to(target)
-    labels, prompts = ([given] if isinstance(given, (int, str)) else given for given in (label, prompt))
-    prompts = read_prompts(prompts, prompt_file)
+    labels = [label] if isinstance(label, int) else label
+    prompts = prompts_of([prompt] if isinstance(prompt, str) else prompt, prompt_file)
     count = len(labels or prompts or ())
     asked = wanted_conditions(model.model, n=count, labels=labels, prompts=prompts)
     scorer = (build(reward) if isinstance(reward, str) else reward).to(target)

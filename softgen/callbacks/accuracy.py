@@ -116,7 +116,7 @@ class AccuracyWatch(Callback):
         assert self._judge is not None
         tokenizer = pl_module.frozen("tokenizer")
         assert isinstance(tokenizer, ImageTokenizer)
-        precision = trainer.precision_plugin.forward_context()  # type: ignore[attr-defined]
+        precision = trainer.precision_plugin.forward_context()
         with averaged_product(trainer, pl_module) as generator, precision:
             assert isinstance(generator, OneStepGenerator)
             labels = balanced_labels(self.samples, num_classes=generator.model.num_classes)

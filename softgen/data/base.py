@@ -27,10 +27,10 @@ class SampleSource(Protocol):
 
 
 @runtime_checkable
-class PromptSource(Protocol):
+class CaptionSource(Protocol):
     """A sample source whose prompts can be had without its images."""
 
-    def prompts(self, indices: Sequence[int]) -> list[str]:
+    def captions(self, indices: Sequence[int]) -> list[str]:
         """The prompts of the samples at `indices`."""
         ...
 
@@ -202,8 +202,8 @@ class ImageDataModule(LightningDataModule):
         """The prompts of the first training samples, from which a text encoder learns its words."""
         source = self.train_source()
         indices = range(min(limit, len(source)))
-        if isinstance(source, PromptSource):
-            return source.prompts(indices)
+        if isinstance(source, CaptionSource):
+            return source.captions(indices)
         parts = (source.fetch(indices[first : first + 256])["prompt"] for first in range(0, len(indices), 256))
         return [prompt for part in parts for prompt in part]
 

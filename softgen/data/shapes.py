@@ -79,6 +79,11 @@ class ShapesSource:
         rows, templates, pictures = self._sample(indices)
         return {"image": draw(pictures, image_size=self.image_size), "prompt": self._prompts(rows, templates)}
 
+    def captions(self, indices: Sequence[int]) -> list[str]:
+        """The prompts of the samples at `indices`, without their pictures."""
+        rows, templates, _ = self._sample(indices)
+        return self._prompts(rows, templates)
+
     def scenes(self, indices: Sequence[int]) -> list[Scene]:
         """The truth about the samples at `indices`."""
         rows, templates, pictures = self._sample(indices)

@@ -14,6 +14,8 @@ from softgen.metrics.features import (
 from softgen.metrics.frechet import FeatureStatistics, FrechetDistance, frechet_distance
 from softgen.metrics.image_quality import ImageQuality, image_quality
 from softgen.metrics.precision_recall import PrecisionRecall, PrecisionRecallMetric, precision_recall
+from softgen.metrics.shape_detection import detect_shapes
+from softgen.metrics.shapes_geneval import ShapesGenEval, shapes_correct
 
 __all__ = [
     "ClassAccuracy",
@@ -26,16 +28,19 @@ __all__ = [
     "ImageQuality",
     "PrecisionRecall",
     "PrecisionRecallMetric",
+    "ShapesGenEval",
     "SmallClassifier",
     "class_accuracy",
     "class_log_probability",
     "classifier_accuracy",
     "count_name",
+    "detect_shapes",
     "entropy_score",
     "extract_features",
     "frechet_distance",
     "image_quality",
     "metric_name",
     "precision_recall",
+    "shapes_correct",
     "train_classifier",
 ]

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -161,7 +162,7 @@ def test_labels_are_not_enough_for_a_text_conditional_teacher(folder: Path, caps
         ({"prompts": []}, "prompts: expected at least one, since this model is text-conditional, got none"),
         ({"labels": [1]}, "labels: expected prompts, since this model is text-conditional, got labels"),
         ({"prompts": ["a"], "prompt_file": "b.txt"}, "prompt_file: expected prompts or a file of them, got both"),
-        ({"prompt_file": "missing.txt"}, "prompt_file: expected a text file, got 'missing.txt'"),
+        ({"prompt_file": "missing.txt"}, "expected text in UTF-8, got 'missing.txt'"),
     ],
 )
 def test_sampling_without_prompts_is_refused(
@@ -222,3 +223,61 @@ def test_a_clip_that_cannot_be_trained(
     with pytest.raises(SystemExit):
         fit(tmp_path, *model, architecture, *words)
     assert message in capsys.readouterr().err
+
+
+METADATA = [
+    {"tag": "single_object", "include": [{"class": "circle", "count": 1}], "prompt": "a photo of a circle"},
+    {"tag": "colors", "include": [{"class": "ring", "count": 1, "color": "red"}], "prompt": "a photo of a red ring"},
+    {"tag": "counting", "include": [{"class": "cross", "count": 2}], "prompt": "a photo of two crosses"},
+]
+
+
+def test_genevals_own_folders_and_results(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    metadata = tmp_path / "metadata.jsonl"
+    metadata.write_text("".join(json.dumps(row) + "\n" for row in METADATA))
+    words: dict[str, Any] = {"model": f"{folder}/teacher/model", "task": "geneval", "metadata": str(metadata)}
+    for name, batch_size in (("one", 4), ("many", 256)):
+        evaluate(**words, images=str(tmp_path / name), batch_size=batch_size, steps=[2], device="cpu")
+    files = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").glob("0*/samples/*.png"))
+    assert [str(path) for path in files[:5]] == [
+        *(f"00000/samples/000{i}.png" for i in range(4)),
+        "00001/samples/0000.png",
+    ]
+    assert len(files) == 12
+    for path in files:
+        assert (tmp_path / "one" / path).read_bytes() == (tmp_path / "many" / path).read_bytes()
+    pictures = {(tmp_path / "one" / path).read_bytes() for path in files}
+    assert len(pictures) == 12
+
+    results = tmp_path / "results.jsonl"
+    rows = [
+        {
+            "filename": f"images/{index:05}/samples/{sample:04}.png",
+            "correct": sample < index + 2,
+            "metadata": json.dumps(row),
+            "details": "{}",
+            "reason": "",
+            **row,
+        }
+        for index, row in enumerate(METADATA)
+        for sample in range(4)
+    ]
+    results.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    evaluate(task="geneval", metadata=str(metadata), results=str(results), out=str(tmp_path / "table.json"))
+    table = json.loads((tmp_path / "table.json").read_text())["tasks"]
+    assert table == {"single_object": 0.5, "counting": 1.0, "colors": 0.75, "overall": 0.75}
+    assert "overall 0.750" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"task": "geneval"}, r"^model: expected a folder or hub id, got none$"),
+        ({"task": "geneval", "model": "x"}, r"^metadata: expected a path for task geneval, got none$"),
+        ({"task": "geneval", "model": "x", "metadata": "y"}, r"^images: expected a path for task geneval, got none$"),
+        ({"results": "x"}, r"^metadata: expected the file that the images were made from, got none$"),
+    ],
+)
+def test_geneval_without_its_paths(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        evaluate(**options)
