@@ -36,7 +36,14 @@ def _stand_ins(root: Path, name: str) -> None:
 
 
 def test_there_are_recipes() -> None:
-    assert {path.name for path in FOLDER.iterdir()} == {"digits", "fashion_mnist", "imagenet256"}
+    assert {path.name for path in FOLDER.iterdir()} == {
+        "digits",
+        "fashion_mnist",
+        "imagenet256",
+        "openmoji",
+        "shapes",
+        "tteo",
+    }
     for name in ("digits", "fashion_mnist"):
         assert all(find_recipe(name).config(stage).is_file() for stage in STAGES)
 
