@@ -292,8 +292,8 @@ class SoftDiMO(Stage):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """How sharp the student is, and how far its soft decoding is from its samples."""
-        noise = self.noise(batch, "validation")
-        logits = self.student.logits(self.student.init(noise), self._encode(self.asked_of(batch, self.teacher)))
+        noise, asked = self.noise(batch, "validation"), self.asked_of(batch, self.teacher)
+        logits = self.student.logits(self.student.init(noise), self._encode(asked))
         table = self.tokenizer.codebook if self.tokenizer is not None else None
         measured = sharpness(logits, table)
         values = {
@@ -302,7 +302,7 @@ class SoftDiMO(Stage):
             "val/covariance_trace": measured.covariance_trace,
         }
         if self.tokenizer is not None:
-            tokenizer = self.tokenizer
+            tokenizer = self.tokenizer.under(asked)
             values["val/relaxation_gap"] = decoding_gap(
                 probabilities(logits),
                 sample_categorical(logits, noise),
@@ -330,8 +330,9 @@ class SoftDiMO(Stage):
         if self.tokenizer is None:
             return None
         small = {**batch, "ordinal": batch["ordinal"][:32]}
-        condition = self._encode(self.asked_of(batch, self.teacher))[: len(small["ordinal"])]
-        return self.tokenizer.decode(self.student.sample(condition, self.noise(small, "preview")))
+        asked = self.asked_of(batch, self.teacher)[:32]
+        tokens = self.student.sample(self._encode(asked), self.noise(small, "preview"))
+        return self.tokenizer.under(asked).decode(tokens)
 
 
 def _open_tokenizer(

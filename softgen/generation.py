@@ -77,7 +77,7 @@ def generate(
         tokens = tokens_of(batch, noise)
         _wait(device)
         seconds += time.perf_counter() - start
-        images.append(tokenizer.decode(tokens).float().cpu())
+        images.append(tokenizer.under(batch).decode(tokens).float().cpu())
     return Generated(images=torch.cat(images), seconds=seconds)
 
 

@@ -6,6 +6,7 @@ gradient of the reward moves e_in. What is kept is judged on hard-decoded images
 Shape legend: B samples, N sites, K codes, L vectors of width d.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,8 +43,12 @@ class TTEOSettings:
         steps: Gradient steps, at least 1.
         lr: Step size; the paper uses 0.2 with SGD.
         optimizer: `sgd` or `adam`.
+        momentum: Of `sgd`, in [0, 1).
+        nesterov: Nesterov's momentum.
         clip: Largest norm of a sample's gradient; 0 does not clip.
         pull: Weight of |e - e_start|^2, which holds the embedding near its start; at least 0.
+        noise_norm: Weight of r^2 / 2 - (D - 1) log r, at least 0, with r the norm of what stands in the embedding for
+            the generator's D normal draws: it holds r where it is likely, near sqrt(D - 1) (ReNO, arXiv 2406.04312).
         candidates: Starts tried for each condition, in one batch.
         temperature: Of the sampled tokens, above 0.
         patience: Stop when no sample has improved for so many steps; 0 never stops early.
@@ -54,8 +59,11 @@ class TTEOSettings:
     steps: int = 30
     lr: float = 0.2
     optimizer: Literal["sgd", "adam"] = "sgd"
+    momentum: float = 0.0
+    nesterov: bool = False
     clip: float = 0.0
     pull: float = 0.0
+    noise_norm: float = 0.0
     candidates: int = 1
     temperature: float = 1.0
     patience: int = 0
@@ -74,11 +82,17 @@ class TTEOSettings:
         for name in ("lr", "temperature"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: expected a number above 0, got {getattr(self, name)}")
-        for name in ("clip", "pull"):
+        for name in ("clip", "pull", "noise_norm"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}: expected a number of at least 0, got {getattr(self, name)}")
         if self.optimizer not in get_args(Literal["sgd", "adam"]):
             raise ValueError(f"optimizer: expected sgd or adam, got {self.optimizer!r}")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum: expected a number in [0, 1), got {self.momentum}")
+        if self.momentum and self.optimizer != "sgd":
+            raise ValueError(f"momentum: expected 0 beside {self.optimizer}, got {self.momentum}")
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov: expected a momentum above 0 beside it, got 0")
 
 
 def optimize(
@@ -123,6 +137,22 @@ def optimize(
     return concatenate(parts)
 
 
+def noise_norm_penalty(noise: Tensor) -> Tensor:
+    """r^2 / 2 - (D - 1) log r, in float32 or better; least at r = sqrt(D - 1) (ReNO, arXiv 2406.04312).
+
+    But for a constant it is the negative log density of r, the norm of D standard normal draws.
+
+    Args:
+        noise: (B, ...), D numbers a sample.
+
+    Returns:
+        (B,).
+    """
+    flat = noise.flatten(1).to(torch.promote_types(noise.dtype, torch.float32))
+    square = flat.square().sum(dim=1)
+    return square / 2 - (flat.shape[1] - 1) / 2 * square.log()
+
+
 class _Search:
     """The state of one optimisation: a fixed number of tensors, whatever the number of steps."""
 
@@ -138,15 +168,17 @@ class _Search:
         seed: int,
         first: int,
     ) -> None:
-        self.generator, self.tokenizer, self.reward, self.judge = generator, tokenizer, reward, judge
+        self.generator, self.reward, self.judge = generator, reward, judge
         self.settings = settings
         self.device = tokenizer.codebook.device
         self.conditions = _repeat(conditions, settings.candidates, self.device)
         self.condition: Condition = _encode(generator, self.conditions)
+        self.tokenizer = tokenizer.under(self.conditions)
         ordinals = range(first, first + len(self.conditions))
         noise = SampleRandom(derive_seed(seed, "tteo"), ordinals, device=self.device)
         with torch.no_grad():
             self.start = generator.init(noise)
+            self.tokens = self._embedded_tokens(seed, ordinals) if settings.noise_norm else None
         # The same uniforms at every step: the hard images differ by the embedding alone.
         self.uniform = noise.uniform(generator.model.num_sites)
 
@@ -189,7 +221,27 @@ class _Search:
     def _optimizer(self, embeddings: Tensor) -> torch.optim.Optimizer:
         if self.settings.optimizer == "adam":
             return torch.optim.Adam([embeddings], lr=self.settings.lr)
-        return torch.optim.SGD([embeddings], lr=self.settings.lr)
+        settings = self.settings
+        return torch.optim.SGD([embeddings], lr=settings.lr, momentum=settings.momentum, nesterov=settings.nesterov)
+
+    def _embedded_tokens(self, seed: int, ordinals: Sequence[int]) -> Tensor:
+        """What the initial embeddings (B, L, d) hold besides noise."""
+        amount = self.generator.noise
+        if amount == 0:
+            raise ValueError("noise_norm: expected 0, since this generator adds no noise to its embeddings")
+        # The same draws as those of the start.
+        draws = SampleRandom(derive_seed(seed, "tteo"), ordinals, device=self.device)
+        return math.sqrt(1 - amount**2) * self.generator.model.embed(self.generator.init_tokens(draws))
+
+    def _penalty(self, embeddings: Tensor) -> Tensor | float:
+        """What holds the embeddings back, summed over the samples."""
+        penalty: Tensor | float = 0.0
+        if self.settings.pull:
+            penalty = self.settings.pull * (embeddings - self.start).square().sum()
+        if self.tokens is not None:
+            noise = (embeddings - self.tokens) / self.generator.noise
+            penalty = penalty + self.settings.noise_norm * noise_norm_penalty(noise).sum()
+        return penalty
 
     def _climb(self, logits: Tensor, embeddings: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
         """One gradient step; returns the soft scores that it was taken on."""
@@ -200,8 +252,7 @@ class _Search:
             raise ValueError(
                 f"reward {_name(self.reward)}: expected a gradient that reaches the pixels, got scores without a graph"
             )
-        pull = self.settings.pull * (embeddings - self.start).square().sum() if self.settings.pull else 0.0
-        (gradient,) = torch.autograd.grad(pull - scores.sum(), embeddings)
+        (gradient,) = torch.autograd.grad(self._penalty(embeddings) - scores.sum(), embeddings)
         if self.settings.clip:
             norm = gradient.flatten(1).norm(dim=1).clamp(min=torch.finfo(gradient.dtype).tiny)
             gradient = gradient * (self.settings.clip / norm).clamp(max=1).view(-1, 1, 1)

@@ -120,7 +120,7 @@ class Reward(Objective):
         for part, asked in zip(torch.split(embeddings.detach(), size), split_asked(state.asked, size), strict=True):
             with torch.enable_grad():
                 leaf = part.requires_grad_()
-                decoded = self._decode(state.tokenizer, leaf)
+                decoded = self._decode(state.tokenizer.under(asked), leaf)
                 by_name = self.rewards.scores(decoded, asked)
                 loss = -self.rewards.combine(by_name).sum() / len(embeddings)
             gradients.append(torch.autograd.grad(loss, leaf)[0])
@@ -162,7 +162,7 @@ class Reward(Objective):
         size = self.micro_batch or len(state.tokens)
         parts: dict[str, list[Tensor]] = {}
         for tokens, asked in zip(torch.split(state.tokens, size), split_asked(state.asked, size), strict=True):
-            images = state.tokenizer.decode(tokens)
+            images = state.tokenizer.under(asked).decode(tokens)
             for name, scores in self.rewards.scores(images, asked).items():
                 parts.setdefault(f"hard_score_{name}", []).append(scores)
             for name, reward in self._frozen.items():

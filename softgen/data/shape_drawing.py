@@ -84,15 +84,14 @@ def signed_distance(kind: int, x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
     return torch.maximum(slanted, y - TRIANGLE_BOTTOM * radius)
 
 
-def coverage(kind: Tensor, centre: Tensor, radius: Tensor, *, image_size: int, softness: float = 1.0) -> Tensor:
-    """The share of each pixel that a shape covers.
+def coverage(kind: Tensor, centre: Tensor, radius: Tensor, *, image_size: int) -> Tensor:
+    """The share of each pixel that a shape covers, anti-aliased over one pixel.
 
     Args:
         kind: (M,) int64, indices into `KINDS`.
         centre: (M, 2), x and y.
         radius: (M,).
         image_size: Pixels a side, H.
-        softness: Width of the edges in pixels, across which the share falls from 1 to 0; 1 is plain anti-aliasing.
 
     Returns:
         (M, H, H) float32 in [0, 1].
@@ -106,7 +105,7 @@ def coverage(kind: Tensor, centre: Tensor, radius: Tensor, *, image_size: int, s
         x = (pixels[None, None, :] - scaled[:, 0, None, None]).expand(shape)
         y = (pixels[None, :, None] - scaled[:, 1, None, None]).expand(shape)
         distance = signed_distance(index, x, y, radius[rows, None, None] * image_size)
-        covered[rows] = (0.5 - distance / softness).clamp_(0, 1)
+        covered[rows] = (0.5 - distance).clamp_(0, 1)
     return covered
 
 

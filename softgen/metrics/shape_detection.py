@@ -21,8 +21,8 @@ MIN_AREA = 0.01
 """Candidates that cover less of the picture are specks. The smallest object of `Shapes` covers 0.03."""
 MIN_OVERLAP = 0.7
 """Candidates that overlap less with the best shape (intersection over union) are of no kind."""
-SOFTNESS = (1.0, 2.0, 3.0)
-"""Widths of the edges, in pixels, with which shapes are tried: decoders of tokens blur."""
+BLURS = (0.0, 0.7, 1.2)
+"""Standard deviations in pixels of the blurs with which shapes are tried: decoders of tokens blur."""
 
 _CHUNK = 128
 _REACH = 2  # pixels that a soft edge may reach beyond a candidate
@@ -39,7 +39,7 @@ def detect_shapes(images: Tensor) -> list[list[ShownObject]]:
 
     The background is the median colour of the border. Pixels that have a colour go to the nearest hue; connected
     pixels of one hue are a candidate, unless they are specks. A candidate's kind is that of the shape, drawn at its
-    centre of mass, as wide and with edges as soft, that it overlaps with best; one that fits no shape is dropped.
+    centre of mass, as wide and as blurred, that it overlaps with best; one that fits no shape is dropped.
 
     Args:
         images: (B, 3, H, W) in [0, 1], H = W.
@@ -150,7 +150,7 @@ class _Fit:
 
 
 def _fit(amount: Tensor, counts: Tensor) -> _Fit:
-    """Try every kind with every softness, at the candidate's own centre of mass and spread.
+    """Try every kind with every blur, at the candidate's own centre of mass and spread.
 
     Args:
         amount: (M, H, W), from `_amounts`.
@@ -161,22 +161,31 @@ def _fit(amount: Tensor, counts: Tensor) -> _Fit:
     middle, spread = _moments(amount)
     centres, radii, overlaps = [], [], []
     for kind, (mass_below, spread_of_kind) in enumerate(_moments_of_kinds()):
-        for softness in SOFTNESS:
-            # A blur adds its own variance, along both axes.
-            radius = ((spread - softness**2 / 6).clamp(min=1.0) / spread_of_kind).sqrt()
+        for blur in BLURS:
+            # A blur and a pixel's own square add their variances, along both axes.
+            radius = ((spread - 2 * blur**2 - 1 / 6).clamp(min=1.0) / spread_of_kind).sqrt()
             centre = middle - radius[:, None] * torch.tensor((0.0, mass_below))
-            kinds = torch.full_like(rows, kind)
-            shape = coverage(kinds, centre / size, radius / size, image_size=size, softness=softness) * counts
+            shape = coverage(torch.full_like(rows, kind), centre / size, radius / size, image_size=size)
+            shape = _blurred(shape, blur) * counts
             centres.append(centre)
             radii.append(radius)
             overlaps.append(_overlap(shape, amount))
     best = torch.stack(overlaps).argmax(dim=0)
     return _Fit(
-        kind=best // len(SOFTNESS),
+        kind=best // len(BLURS),
         centre=torch.stack(centres)[best, rows],
         radius=torch.stack(radii)[best, rows],
         overlap=torch.stack(overlaps)[best, rows],
     )
+
+
+def _blurred(shape: Tensor, blur: float) -> Tensor:
+    """A Gaussian blur of (M, H, H) by a standard deviation in pixels."""
+    if blur == 0:
+        return shape
+    pixels = torch.arange(shape.shape[-1], dtype=torch.float32)
+    weights = torch.softmax(-(pixels[:, None] - pixels).square() / (2 * blur**2), dim=1)
+    return weights @ shape @ weights.T
 
 
 def _overlap(shape: Tensor, amount: Tensor) -> Tensor:

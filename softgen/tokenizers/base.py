@@ -4,12 +4,16 @@ Shape legend: B batch, N sites, K codes, D code dimension.
 """
 
 from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from softgen.pretrained import Pretrained
 from softgen.relaxation import Distance, expected_embedding
+
+if TYPE_CHECKING:
+    from softgen.models.conditions import Asked
 
 
 class ImageTokenizer(Pretrained, ABC):
@@ -64,6 +68,13 @@ class ImageTokenizer(Pretrained, ABC):
     def embed_soft(self, probs: Tensor) -> Tensor:
         """Expected code vectors (B, N, D) under probs (B, N, K); exact rows of the codebook for one-hot probs."""
         return expected_embedding(probs, self.codebook)
+
+    def under(self, asked: "Asked") -> "ImageTokenizer":
+        """The tokenizer as it decodes for these labels (B,) or B prompts.
+
+        Itself, unless its decoder looks at the text (TA-TiTok); whoever decodes for somebody asks for this first.
+        """
+        return self
 
     def check_images(self, images: Tensor) -> None:
         """Refuse images of another shape.

@@ -287,10 +287,11 @@ class TeacherTraining(Stage):
     def preview(self, batch: Batch) -> Tensor:
         """Samples under the batch's conditions."""
         small = {**batch, "ordinal": batch["ordinal"][:32]}
-        condition = self._condition(batch)[: len(small["ordinal"])]
+        asked = self.asked_of(batch, self.model)[:32]
+        condition = self.model.encode(asked)
         noise = self.noise(small, "preview")
         if isinstance(self.model, AutoregressiveTransformer):
             tokens = AutoregressiveSampler()(self.model, condition, noise)
         else:
             tokens = MaskGITSampler(steps=self.preview_steps)(self.model, condition, noise)
-        return self.tokenizer.decode(tokens)
+        return self.tokenizer.under(asked).decode(tokens)
