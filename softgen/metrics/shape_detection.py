@@ -18,7 +18,7 @@ from softgen.data.shape_drawing import COLOUR_RGB, coverage
 MIN_CHROMA = 0.15
 """Pixels that lie closer to the background in the plane of hues have no colour."""
 MIN_AREA = 0.01
-"""Candidates that cover less of the picture are specks. The smallest object of `Shapes` covers 0.03."""
+"""Candidates that cover less of the picture are specks. The smallest object of `Shapes` covers 0.05."""
 MIN_OVERLAP = 0.7
 """Candidates that overlap less with the best shape (intersection over union) are of no kind."""
 BLURS = (0.0, 0.7, 1.2)

@@ -51,14 +51,16 @@ def rates(images: Tensor, scenes: list[Scene]) -> tuple[dict[str, float], dict[s
     return {task: accepted[task] / total[task] for task in TASKS}, {task: wrongly[task] / wrong[task] for task in TASKS}
 
 
-@pytest.mark.parametrize(("seed", "split", "size"), [(0, "train", 32), (1, "val", 32), (2, "train", 64)])
-def test_real_pictures_are_accepted_and_wrong_prompts_are_not(seed: int, split: str, size: int) -> None:
-    right, wrong = rates(*real(1200, seed=seed, split=split, size=size))
+@pytest.mark.parametrize(
+    ("n", "seed", "split", "size"), [(1200, 0, "train", 32), (1200, 1, "val", 32), (800, 2, "train", 64)]
+)
+def test_real_pictures_are_accepted_and_wrong_prompts_are_not(n: int, seed: int, split: str, size: int) -> None:
+    right, wrong = rates(*real(n, seed=seed, split=split, size=size))
     assert min(right.values()) > 0.99, right
     assert max(wrong.values()) < 0.01, wrong
 
 
-@pytest.mark.parametrize(("blur", "noise", "least"), [(0.6, 0.02, 0.99), (0.7, 0.03, 0.99), (0.8, 0.05, 0.95)])
+@pytest.mark.parametrize(("blur", "noise", "least"), [(0.7, 0.03, 0.99), (1.0, 0.05, 0.98), (1.3, 0.02, 0.98)])
 def test_blurred_and_noisy_pictures(blur: float, noise: float, least: float) -> None:
     images, scenes = real(1200, seed=3)
     right, wrong = rates(degraded(images, blur=blur, noise=noise), scenes)
