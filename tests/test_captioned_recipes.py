@@ -52,7 +52,10 @@ def test_recipe_instantiates(name: str, stage: str, tmp_path: Path) -> None:
     assert "runs/" not in moved
     config = tmp_path / "config.yaml"
     config.write_text(moved)
-    cli = main([f"--config={config}", "--trainer.accelerator=cpu", "--threads=1"], cli_class=NotRunning)
+    words = [f"--config={config}", "--trainer.accelerator=cpu", "--threads=1"]
+    if name == "shapes":
+        words.append("--data.init_args.train_samples=100")
+    cli = main(words, cli_class=NotRunning)
     assert isinstance(cli.model, Stage)
     assert sum(parameter.numel() for parameter in cli.model.product.parameters()) > 0
 

@@ -52,7 +52,7 @@ def rates(images: Tensor, scenes: list[Scene]) -> tuple[dict[str, float], dict[s
 
 
 @pytest.mark.parametrize(
-    ("n", "seed", "split", "size"), [(1200, 0, "train", 32), (1200, 1, "val", 32), (800, 2, "train", 64)]
+    ("n", "seed", "split", "size"), [(1200, 0, "train", 32), (600, 1, "val", 32), (120, 2, "train", 64)]
 )
 def test_real_pictures_are_accepted_and_wrong_prompts_are_not(n: int, seed: int, split: str, size: int) -> None:
     right, wrong = rates(*real(n, seed=seed, split=split, size=size))
@@ -62,7 +62,7 @@ def test_real_pictures_are_accepted_and_wrong_prompts_are_not(n: int, seed: int,
 
 @pytest.mark.parametrize(("blur", "noise", "least"), [(0.7, 0.03, 0.99), (1.0, 0.05, 0.98), (1.3, 0.02, 0.98)])
 def test_blurred_and_noisy_pictures(blur: float, noise: float, least: float) -> None:
-    images, scenes = real(1200, seed=3)
+    images, scenes = real(480, seed=3)
     right, wrong = rates(degraded(images, blur=blur, noise=noise), scenes)
     assert min(right.values()) > least, right
     assert max(wrong.values()) < 0.01, wrong
