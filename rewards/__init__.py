@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from rewards.classifier import ClassifierReward
     from rewards.clip import CLIPReward
     from rewards.composite import CompositeReward, Normalisation
+    from rewards.compute import Compute
     from rewards.conditions import Conditions
     from rewards.hpsv2 import HPSv2Reward
     from rewards.hpsv3 import HPSv3Reward
@@ -23,6 +24,7 @@ __all__ = [
     "CLIPReward",
     "ClassifierReward",
     "CompositeReward",
+    "Compute",
     "Conditions",
     "HPSv2Reward",
     "HPSv3Reward",
@@ -41,6 +43,7 @@ _HOMES = {
     "CLIPReward": "clip",
     "ClassifierReward": "classifier",
     "CompositeReward": "composite",
+    "Compute": "compute",
     "Conditions": "conditions",
     "HPSv2Reward": "hpsv2",
     "HPSv3Reward": "hpsv3",

@@ -1,17 +1,15 @@
-"""Commands: `python -m rewards list`, and `python -m rewards score IMAGE... --reward NAME --prompt TEXT`."""
+"""Commands: `python -m rewards list`, `score IMAGE... --reward NAME --prompt TEXT`, and `env NAME`."""
 
 import argparse
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+from typing import Any, NoReturn, TextIO
 
 from rewards.errors import one_line
-from rewards.registry import FACTS, Facts, available, build
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from rewards.registry import FACTS, Facts, available
+from rewards.table import print_scores, print_table
 
 PROGRAM = "python -m rewards"
 USER_ERRORS = (ValueError, TypeError, OSError, ImportError)
@@ -39,10 +37,16 @@ def main(args: Sequence[str] | None = None) -> None:
         try:
             if parsed.command == "list":
                 print_rewards()
+            elif parsed.command == "env":
+                print_environment(parsed.name, path=parsed.path, python=parsed.python)
             else:
-                options = {key: value for given in parsed.options for key, value in given.items()}
                 print_scores(
-                    parsed.images, reward=parsed.reward, prompts=parsed.prompt, options=options, device=parsed.device
+                    parsed.images,
+                    rewards=_with_options(parsed.rewards),
+                    prompts=parsed.prompt,
+                    paired=parsed.paired,
+                    device=parsed.device,
+                    tabs=parsed.tsv,
                 )
         except USER_ERRORS as error:
             parser.error(one_line(error, limit=1000))
@@ -58,62 +62,14 @@ def print_rewards() -> None:
     print_table(rows)
 
 
-def print_table(rows: Sequence[Sequence[str]]) -> None:
-    """Print rows in columns, two spaces apart."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+def print_environment(name: str, *, path: Path | None = None, python: Path | None = None) -> None:
+    """Make the environment of an official package, unless it is there, and print where and how to use it."""
+    from rewards.environments import make_environment
 
-
-def print_scores(
-    images: Sequence[Path], *, reward: str, prompts: Sequence[str], options: dict[str, Any], device: str = "cpu"
-) -> None:
-    """Print one line an image: the score, a tab, the file.
-
-    Args:
-        images: Image files, each scored at its own size.
-        reward: A name of `rewards.available()`, or the dotted path of a class.
-        prompts: One for all images, or one each; for a reward that takes labels, class names or numbers.
-        options: Arguments of the reward.
-        device: Where to compute.
-
-    Raises:
-        ValueError: A file is not an image, or the reward or its arguments do not fit.
-    """
-    if len(prompts) not in (1, len(images)):
-        raise ValueError(f"--prompt: expected one, or one for each of the {len(images)} images, got {len(prompts)}")
-    if missing := [str(path) for path in images if not path.is_file()]:
-        raise ValueError(f"images: expected files, got {', '.join(missing)}")
-    import torch
-
-    try:
-        target = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"--device: expected a device of torch, got {device!r}") from error
-    judge = build(reward, **options).to(target).eval()
-    pairs = zip(images, prompts if len(prompts) > 1 else list(prompts) * len(images), strict=True)
-    with torch.no_grad():
-        for path, prompt in pairs:
-            score = judge(read_image(path)[None].to(target), [prompt])
-            print(f"{float(score):.6f}\t{path}")
-
-
-def read_image(path: Path) -> "Tensor":
-    """Read an image file as (3, H, W) float32 in [0, 1], turned as its EXIF says; grey is repeated to 3 channels.
-
-    Raises:
-        ValueError: The file cannot be read.
-    """
-    import numpy as np
-    import torch
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(path) as opened:
-            pixels = np.array(ImageOps.exif_transpose(opened).convert("RGB"))
-    except (OSError, SyntaxError, ValueError) as error:  # PIL reports a broken png by SyntaxError
-        raise ValueError(f"images: expected an image, got '{path}', which cannot be read ({error})") from error
-    return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
+    made = make_environment(name, path=path, python=python)
+    print(f"environment of {name}: {made.folder}{'' if made.fresh else ' (it was there)'}")
+    where = "" if path is None else f" python={made.python}"
+    print(f"use it: python -m rewards score IMAGE --prompt TEXT --reward {name} --options backend=official{where}")
 
 
 def read_options(word: str) -> dict[str, Any]:
@@ -134,31 +90,85 @@ def read_options(word: str) -> dict[str, Any]:
     return loaded
 
 
+def read_rewards(word: str) -> list[tuple[str, dict[str, Any]]]:
+    """One reward without options; or those of a YAML file that maps names to options."""
+    if not word.endswith((".yaml", ".yml")):
+        return [(word, {})]
+    given = {name: options or {} for name, options in read_options(word).items()}
+    for name, options in given.items():
+        if not isinstance(options, dict):
+            got = f"a {type(options).__name__} for {name!r}"
+            raise argparse.ArgumentTypeError(f"expected {word!r} to map names to options, got {got}")
+    return list(given.items())
+
+
+class _InOrder(argparse.Action):
+    """Keeps rewards and options in the order of the command line."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        """Add what was given."""
+        namespace.rewards = [*(namespace.rewards or []), *((self.const, value) for value in values)]
+
+
+def _with_options(words: Sequence[tuple[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
+    """Rewards and their options: those of the reward before them; those before any reward are for all."""
+    for_all: dict[str, Any] = {}
+    rewards: list[tuple[str, dict[str, Any]]] = []
+    for kind, value in words:
+        if kind == "reward":
+            rewards += value
+        elif rewards:
+            rewards[-1][1].update(value)
+        else:
+            for_all.update(value)
+    return [(name, {**for_all, **options}) for name, options in rewards]
+
+
 def _parser() -> Parser:
-    parser = Parser(prog=PROGRAM, description="Reward models: list them, or score images.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{list,score}")
+    parser = Parser(prog=PROGRAM, description="Reward models: list them, score images, make environments for them.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{list,score,env}")
     commands.add_parser("list", help="Print the rewards that are installed.")
-    score = commands.add_parser("score", help="Print the score of each image, higher is better.")
+    _add_score(commands.add_parser("score", help="Print the scores of images under prompts, higher is better."))
+    environment = commands.add_parser("env", help="Make the environment that an official package runs in.")
+    environment.add_argument("name", metavar="NAME", help="imagereward or hpsv3.")
+    environment.add_argument("--path", type=Path, help="Folder (default: in the user's cache).")
+    environment.add_argument("--python", type=Path, help="Interpreter to make it with (default: this one).")
+    return parser
+
+
+def _add_score(score: argparse.ArgumentParser) -> None:
     score.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="Image files of any size.")
-    score.add_argument("--reward", required=True, help="A name from `list`, or the dotted path of a class.")
+    score.add_argument(
+        "--reward",
+        action=_InOrder,
+        nargs=1,
+        const="reward",
+        type=read_rewards,
+        required=True,
+        dest="rewards",
+        metavar="REWARD",
+        help="A name from `list`, the dotted path of a class, or a YAML file that maps names to options; repeatable.",
+    )
     score.add_argument(
         "--prompt",
         "--label",
         action="append",
         required=True,
-        help="Prompt, class name or label: once for all images, or once for each.",
+        help="Prompt, class name or label; repeatable: each image is scored under each.",
     )
+    score.add_argument("--paired", action="store_true", help="The first prompt for the first image, and so on.")
     score.add_argument(
         "--options",
         nargs="+",
-        action="extend",
+        action=_InOrder,
+        const="options",
         type=read_options,
-        default=[],
+        dest="rewards",
         metavar="KEY=VALUE",
-        help="Arguments of the reward: key=value words, or a YAML file.",
+        help="Arguments of the --reward before it: key=value words, or a YAML file.",
     )
     score.add_argument("--device", default="cpu", help="Where to compute (default: cpu).")
-    return parser
+    score.add_argument("--tsv", action="store_true", help="Columns separated by tabs.")
 
 
 def _show_warning(

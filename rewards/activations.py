@@ -1,6 +1,7 @@
 """Activations that are recomputed in the backward pass, in eval mode too."""
 
 from collections.abc import Iterable
+from types import MethodType
 from typing import Any
 
 import torch
@@ -17,13 +18,12 @@ def recompute_activations(layers: Iterable[nn.Module]) -> None:
         layers: Changed in place; where no gradient is wanted they run as before.
     """
     for layer in layers:
-        layer.forward = _checkpointed(layer.forward)
+        # A bound method, and not a closure: a copy of the layer is to use its own weights.
+        layer.forward = MethodType(_recomputed, layer)
 
 
-def _checkpointed(forward: Any) -> Any:
-    def run(*args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return forward(*args, **kwargs)
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
-
-    return run
+def _recomputed(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    forward = type(layer).forward
+    if not torch.is_grad_enabled():
+        return forward(layer, *args, **kwargs)
+    return checkpoint(forward, layer, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from rewards.base import Reward
 from rewards.checkpoints import load_checked, part_of, read_checkpoint
 from rewards.clip_loading import load_clip
+from rewards.compute import Compute
 from rewards.heads import LinearStack
 
 
@@ -26,6 +27,7 @@ class AestheticReward(Reward):
         clip_weights: Weights of the tower: a file, a folder, or a tag of open_clip; not used where the checkpoint
             brings them.
         model_name: The tower's architecture in open_clip, with OpenAI's activation.
+        compute: Precision, micro-batches, recomputed activations and device.
         name: Name in logs and errors.
 
     Raises:
@@ -41,9 +43,10 @@ class AestheticReward(Reward):
         *,
         clip_weights: str | Path = "openai",
         model_name: str = "ViT-L-14",
+        compute: Compute = Compute(),  # noqa: B008 - frozen
         name: str = "aesthetic",
     ) -> None:
-        super().__init__(name=name)
+        super().__init__(name=name, compute=compute)
         state = read_checkpoint(checkpoint, key="checkpoint")
         tower = part_of(state, "clip.visual.")
         parts = load_clip(model_name, pretrained="random" if tower else clip_weights, quick_gelu=True)
@@ -54,7 +57,7 @@ class AestheticReward(Reward):
         head = {name.removeprefix("mlp."): value for name, value in state.items() if not name.startswith("clip.")}
         self.head = LinearStack(_width(head))
         load_checked(self.head, head, key="checkpoint")
-        self.eval().requires_grad_(False)
+        self.settle()
 
     def forward(self, images: Tensor, conditions: object) -> Tensor:
         """Scores (B,) of images (B, 3, H, W) in [0, 1]; the conditions play no part."""

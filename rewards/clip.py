@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from rewards.base import Reward
 from rewards.clip_loading import CLIPParts, load_clip
+from rewards.compute import Compute
 from rewards.prompt_features import PromptFeatures
 
 
@@ -31,6 +32,7 @@ class CLIPReward(Reward):
             about 100 after training.
         quick_gelu: For local weights that were trained with OpenAI's activation; a tag knows this by itself.
         class_names: Prompts that stand for class labels: label k is read as `class_names[k]`.
+        compute: Precision, micro-batches, recomputed activations and device.
         name: Name in logs and errors.
 
     Raises:
@@ -48,11 +50,12 @@ class CLIPReward(Reward):
         scale: float | Literal["model"] = 1.0,
         quick_gelu: bool = False,
         class_names: Sequence[str] | None = None,
+        compute: Compute = Compute(),  # noqa: B008 - frozen
         name: str = "clip",
     ) -> None:
         _check_scale(scale)
         parts = load_clip(model_name, pretrained=pretrained, quick_gelu=quick_gelu)
-        self._begin(parts, scale=scale, class_names=class_names, name=name)
+        self._begin(parts, scale=scale, class_names=class_names, compute=compute, name=name)
 
     def _begin(
         self,
@@ -60,15 +63,16 @@ class CLIPReward(Reward):
         *,
         scale: float | Literal["model"],
         class_names: Sequence[str] | None,
+        compute: Compute,
         name: str,
     ) -> None:
         """What every reward on a CLIP model starts with."""
-        Reward.__init__(self, name=name, class_names=class_names)
+        Reward.__init__(self, name=name, class_names=class_names, compute=compute)
         self.model = parts.model
         self.preprocessing = parts.preprocessing
         self.prompt_features = PromptFeatures(parts.model, tokenizer=parts.tokenizer, name=name)
         self.scale = scale
-        self.eval().requires_grad_(False)
+        self.settle()
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Scores (B,), in float32 or better: a cosine in [-1, 1] times the scale.

@@ -96,7 +96,10 @@ def load_transformers_clip(source: str, *, processor: str | None = None) -> CLIP
 
     transformers, beside = import_transformers(), processor or source
     try:
-        model = transformers.CLIPModel.from_pretrained(source, weights_only=True)
+        model, found = transformers.CLIPModel.from_pretrained(source, weights_only=True, output_loading_info=True)
+        if found["missing_keys"]:  # transformers would go on with random weights in their place
+            missing = sorted(found["missing_keys"])
+            raise ValueError(f"{len(missing)} missing, first {missing[0]!r}")
         config, images = model.config, None
         if not (Path(beside).is_dir() and not (Path(beside) / "preprocessor_config.json").is_file()):
             images = transformers.AutoImageProcessor.from_pretrained(beside)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rewards.base import Reward
-from rewards.conditions import Conditions
+from rewards.conditions import Conditions, as_prompts
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class CompositeReward(Reward):
         weights: By name, one for each reward, or in the order of `rewards`; by default 1 each. A reward of weight 0 is
             scored without a gradient and leaves the sum alone.
         normalisation: By name, for those rewards that want one; the others enter the sum as they are.
+        class_names: Prompts that stand for class labels, for all of the rewards.
         name: Name in logs and errors.
 
     Raises:
@@ -59,9 +60,10 @@ class CompositeReward(Reward):
         *,
         weights: Mapping[str, float] | Sequence[float] | None = None,
         normalisation: Mapping[str, Normalisation] | None = None,
+        class_names: Sequence[str] | None = None,
         name: str = "composite",
     ) -> None:
-        super().__init__(name=name)
+        super().__init__(name=name, class_names=class_names)
         names = tuple(rewards if isinstance(rewards, Mapping) else (reward.name for reward in rewards))
         if not names:
             raise ValueError("rewards: expected at least one, got none")
@@ -73,6 +75,16 @@ class CompositeReward(Reward):
         self.normalisation = dict(normalisation or {})
         _check_names(self.normalisation, names=names, key="normalisation")
 
+    def place(self) -> torch.device | None:
+        """Nowhere: each reward takes the images to its own device."""
+        return None
+
+    def read(self, conditions: Conditions) -> Conditions:
+        """What the rewards are given: labels as prompts where there are `class_names`."""
+        if self.class_names is None:
+            return conditions
+        return as_prompts(conditions, name=self.name, class_names=self.class_names)
+
     def scores(self, images: Tensor, conditions: Conditions) -> dict[str, Tensor]:
         """Each reward's own scores (B,) by name, neither weighted nor normalised.
 
@@ -80,7 +92,7 @@ class CompositeReward(Reward):
             images: (B, 3, H, W), float, in [0, 1].
             conditions: B prompts or labels that every one of the rewards can read.
         """
-        scores = {}
+        scores, conditions = {}, self.read(conditions)
         for name, reward in zip(self.names, self.rewards, strict=True):
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.weights[name] != 0):
                 scores[name] = reward(images, conditions)

@@ -4,8 +4,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from rewards.checkpoints import find_file
 from rewards.clip import CLIPReward
 from rewards.clip_loading import load_clip
+from rewards.compute import Compute
 
 
 class HPSv2Reward(CLIPReward):
@@ -16,9 +18,10 @@ class HPSv2Reward(CLIPReward):
     shorter one padded with black, as the official package does.
 
     Args:
-        checkpoint: The file, or a folder with one such file.
+        checkpoint: The file, or a folder with one such file, or a hub id that holds version 2.1.
         model_name: Its architecture in open_clip.
         class_names: Prompts that stand for class labels.
+        compute: Precision, micro-batches, recomputed activations and device.
         name: Name in logs and errors.
 
     Raises:
@@ -28,12 +31,15 @@ class HPSv2Reward(CLIPReward):
 
     def __init__(
         self,
-        checkpoint: str | Path,
+        checkpoint: str | Path = "xswu/HPSv2",
         *,
         model_name: str = "ViT-H-14",
         class_names: Sequence[str] | None = None,
+        compute: Compute = Compute(),  # noqa: B008 - frozen
         name: str = "hpsv2",
     ) -> None:
+        if not Path(checkpoint).exists():
+            checkpoint = find_file(checkpoint, key="checkpoint", names=("HPS_v2.1_compressed.pt",))
         parts = load_clip(model_name, pretrained=checkpoint, quick_gelu=False)
         parts = replace(parts, preprocessing=replace(parts.preprocessing, resize_mode="longest"))
-        self._begin(parts, scale=1.0, class_names=class_names, name=name)
+        self._begin(parts, scale=1.0, class_names=class_names, compute=compute, name=name)

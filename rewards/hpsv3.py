@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rewards.activations import recompute_activations
+from rewards.backend import Backend, is_official, open_official
 from rewards.base import Reward
 from rewards.checkpoints import load_checked, part_of, read_checkpoint
+from rewards.compute import Compute
 from rewards.errors import one_line
 from rewards.heads import WideHead
 from rewards.qwen_images import MERGE, patch_rows
@@ -18,6 +19,8 @@ from rewards.transformers_clip import LazyTokenizer, import_transformers
 _INSTRUCTION = Path(__file__).parent / "hpsv3_instruction.txt"
 _REWARD = "<|Reward|>"
 _PIXELS = 256 * 28 * 28
+_REWARD_ID, _PAD_ID = 151657, 151643
+_OFFICIAL = "rewards.official.hpsv3.OfficialHPSv3"
 _SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
 _FILES = ("HPSv3.safetensors", "model.safetensors")
 
@@ -38,14 +41,17 @@ class HPSv3Reward(Reward):
         reward_token_id: Id of `<|Reward|>`, the token that the score is read at; by default the one after the
             tokenizer's own.
         pad_token_id: Id that shorter texts are padded with.
-        dtype: Of the backbone's weights, such as "bfloat16".
-        checkpoint_activations: Recompute each layer in the backward pass instead of keeping its activations.
         class_names: Prompts that stand for class labels.
+        backend: "official" has the package hpsv3 compute, in a process and an environment of its own (`python -m
+            rewards env hpsv3`), on the CPU unless `compute.device` says otherwise.
+        python: For "official": the interpreter of another environment that has the package.
+        compute: Precision, micro-batches, recomputed activations and device.
         name: Name in logs and errors.
 
     Raises:
         ImportError: transformers is not installed; the message has the command.
-        ValueError: The checkpoint or the tokenizer cannot be opened, or does not fit.
+        ValueError: The checkpoint or the tokenizer cannot be opened, or does not fit; for "official", there is no such
+            environment, it lacks the package, or its process dies.
     """
 
     def __init__(
@@ -55,16 +61,36 @@ class HPSv3Reward(Reward):
         base: str = "Qwen/Qwen2-VL-7B-Instruct",
         config: Mapping[str, Any] | None = None,
         pixels: int = _PIXELS,
-        reward_token_id: int = 151657,
-        pad_token_id: int = 151643,
-        dtype: str = "float32",
-        checkpoint_activations: bool = False,
+        reward_token_id: int = _REWARD_ID,
+        pad_token_id: int = _PAD_ID,
         class_names: Sequence[str] | None = None,
+        backend: Backend = "native",
+        python: str | Path | None = None,
+        compute: Compute = Compute(),  # noqa: B008 - frozen
         name: str = "hpsv3",
     ) -> None:
-        super().__init__(name=name, class_names=class_names)
-        if dtype not in ("float32", "bfloat16", "float64"):
-            raise ValueError(f"dtype: expected float32, bfloat16 or float64, got {dtype!r}")
+        super().__init__(name=name, class_names=class_names, compute=compute)
+        self.official: Reward | None = None
+        if is_official(backend, python=python):
+            self.official = open_official(
+                _OFFICIAL,
+                environment="hpsv3",
+                python=python,
+                options={"checkpoint": str(checkpoint), "base": base},
+                unread={
+                    "config": config is not None,
+                    "pixels": pixels != _PIXELS,
+                    "reward_token_id": reward_token_id != _REWARD_ID,
+                    "pad_token_id": pad_token_id != _PAD_ID,
+                },
+                compute=compute,
+                name=name,
+            )
+            return
+        self.pixels, self.reward_token_id, self.pad_token_id = pixels, reward_token_id, pad_token_id
+        self._open(checkpoint, base=base, config=config)
+
+    def _open(self, checkpoint: str | Path, *, base: str, config: Mapping[str, Any] | None) -> None:
         transformers = import_transformers()
         state = read_checkpoint(checkpoint, key="checkpoint", names=_FILES)
         if "rm_head.0.weight" not in state or "model.embed_tokens.weight" not in state:
@@ -82,20 +108,19 @@ class HPSv3Reward(Reward):
             model = transformers.Qwen2VLModel(settings)
         renamed = {f"visual.{key}": value for key, value in part_of(state, "visual.").items()}
         renamed |= {f"language_model.{key}": value for key, value in part_of(state, "model.").items()}
-        self.model: Any = _loaded(model, renamed, transformers.Qwen2VLModel, settings, dtype=getattr(torch, dtype))
+        self.model: Any = _loaded(model, renamed, transformers.Qwen2VLModel, settings, dtype=self.compute.torch_dtype)
         width = state["rm_head.0.weight"].shape[1]
         self.rm_head = WideHead(
             nn.Linear(width, 1024), nn.ReLU(), nn.Dropout(0.05), nn.Linear(1024, 16), nn.ReLU(), nn.Linear(16, 2)
         )
         load_checked(self.rm_head, part_of(state, "rm_head."), key="checkpoint (rm_head)")
-        self.pixels, self.reward_token_id, self.pad_token_id = pixels, reward_token_id, pad_token_id
         self._tokenizer = LazyTokenizer(base)
-        self.eval().requires_grad_(False)
-        if checkpoint_activations:
-            recompute_activations([*self.model.visual.blocks, *self.model.language_model.layers])
+        self.settle()
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Scores (B,) of images (B, 3, H, W) in [0, 1], in float32 or better."""
+        if self.official is not None:
+            return self.official(images, prompts)
         rows, grids = patch_rows(images, least=self.pixels, most=self.pixels)
         tokens = int(grids[0].prod()) // MERGE**2
         ids, mask = self.tokens(prompts, image_tokens=tokens)

@@ -11,14 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rewards.backend import Backend, is_official, open_official
 from rewards.base import Reward
 from rewards.checkpoints import find_file, load_checked, part_of, read_checkpoint
+from rewards.compute import Compute
 from rewards.heads import LinearStack
 from rewards.preprocessing import OPENAI_MEAN, OPENAI_STD, Preprocessing
 from rewards.transformers_clip import LazyTokenizer, import_transformers, truncated
 
 _MEAN, _STD = 0.16717362830052426, 1.0333394966054072
 _MAX_LENGTH = 35
+_TOKENIZER, _HEADS = "bert-base-uncased", 16
+_OFFICIAL = "rewards.official.imagereward.OfficialImageReward"
 _FILES = ("ImageReward.pt", "model.safetensors")
 # Official names of the vision tower, and those of transformers.
 _RENAMES = (
@@ -47,24 +51,53 @@ class ImageRewardReward(Reward):
         med_config: The text model's settings; by default `med_config.json` beside the checkpoint, or BERT-base's.
         vision_heads: Attention heads of the vision tower, which shapes do not tell.
         class_names: Prompts that stand for class labels.
+        backend: "official" has the package image-reward compute, in a process and an environment of its own (`python -m
+            rewards env imagereward`), on the CPU unless `compute.device` says otherwise.
+        python: For "official": the interpreter of another environment that has the package.
+        compute: Precision, micro-batches, recomputed activations and device.
         name: Name in logs and errors.
 
     Raises:
         ImportError: transformers is not installed; the message has the command.
-        ValueError: The checkpoint or the tokenizer cannot be opened, or does not fit.
+        ValueError: The checkpoint or the tokenizer cannot be opened, or does not fit; for "official", there is no such
+            environment, it lacks the package, or its process dies.
     """
 
     def __init__(
         self,
         checkpoint: str | Path = "THUDM/ImageReward",
         *,
-        tokenizer: str = "bert-base-uncased",
+        tokenizer: str = _TOKENIZER,
         med_config: Mapping[str, Any] | None = None,
-        vision_heads: int = 16,
+        vision_heads: int = _HEADS,
         class_names: Sequence[str] | None = None,
+        backend: Backend = "native",
+        python: str | Path | None = None,
+        compute: Compute = Compute(),  # noqa: B008 - frozen
         name: str = "imagereward",
     ) -> None:
-        super().__init__(name=name, class_names=class_names)
+        super().__init__(name=name, class_names=class_names, compute=compute)
+        self.official: Reward | None = None
+        if is_official(backend, python=python):
+            self.official = open_official(
+                _OFFICIAL,
+                environment="imagereward",
+                python=python,
+                options={"checkpoint": str(checkpoint)},
+                unread={
+                    "tokenizer": tokenizer != _TOKENIZER,
+                    "med_config": med_config is not None,
+                    "vision_heads": vision_heads != _HEADS,
+                },
+                compute=compute,
+                name=name,
+            )
+        else:
+            self._open(checkpoint, tokenizer=tokenizer, med_config=med_config, vision_heads=vision_heads)
+
+    def _open(
+        self, checkpoint: str | Path, *, tokenizer: str, med_config: Mapping[str, Any] | None, vision_heads: int
+    ) -> None:
         transformers = import_transformers()
         state = {
             key: value
@@ -88,10 +121,12 @@ class ImageRewardReward(Reward):
         size = self.vision.config.image_size
         self.preprocessing = Preprocessing(size=(size, size), mean=OPENAI_MEAN, std=OPENAI_STD)
         self._tokenizer = LazyTokenizer(tokenizer)
-        self.eval().requires_grad_(False)
+        self.settle()
 
     def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Scores (B,) of images (B, 3, H, W) in [0, 1]; prompts of more than 35 tokens are cut, with a warning."""
+        if self.official is not None:
+            return self.official(images, prompts)
         tokenizer = self._tokenizer.open()
         cut = truncated(tokenizer, prompts, length=_MAX_LENGTH)
         if cut:

@@ -20,12 +20,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from rewards.base import Reward
 from rewards.conditions import Conditions
 from rewards.errors import one_line
+from rewards.first_order import score_with_gradient
 
 _WORKER = Path(__file__).parent / "isolated_worker.py"
 _SHARED = Path("/dev/shm")
@@ -83,28 +82,11 @@ class Isolated(Reward):
     def forward(self, images: Tensor, conditions: Conditions) -> Tensor:
         """Scores (B,), float32, on the images' device; see the reward for the rest."""
         given = conditions.tolist() if isinstance(conditions, Tensor) else list(conditions)
-        scores: Tensor = _Remote.apply(images, self._worker, given)
-        return scores
+        return score_with_gradient(images, lambda pixels, wanted: self._worker.score(pixels, given, gradient=wanted))
 
     def close(self) -> None:
         """End the worker; the next call starts another."""
         self._worker.stop()
-
-
-class _Remote(Function):
-    @staticmethod
-    def forward(ctx: Any, images: Tensor, worker: "_Worker", conditions: list[Any]) -> Tensor:
-        wanted = bool(ctx.needs_input_grad[0])
-        scores, gradient = worker.score(images.detach(), conditions, gradient=wanted)
-        if gradient is not None:
-            ctx.save_for_backward(gradient.to(images))
-        return scores.to(images.device)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * upstream.to(gradient)[:, None, None, None], None, None
 
 
 class _Worker:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from rewards.clip import CLIPReward
 from rewards.clip_loading import load_transformers_clip
+from rewards.compute import Compute
 
 
 class PickScoreReward(CLIPReward):
@@ -17,6 +18,7 @@ class PickScoreReward(CLIPReward):
         processor: Where tokenizer and image processor are; by default LAION's for the published checkpoint, else beside
             the model.
         class_names: Prompts that stand for class labels.
+        compute: Precision, micro-batches, recomputed activations and device.
         name: Name in logs and errors.
 
     Raises:
@@ -30,9 +32,10 @@ class PickScoreReward(CLIPReward):
         *,
         processor: str | None = None,
         class_names: Sequence[str] | None = None,
+        compute: Compute = Compute(),  # noqa: B008 - frozen
         name: str = "pickscore",
     ) -> None:
         if processor is None and checkpoint == "yuvalkirstain/PickScore_v1":
             processor = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
         parts = load_transformers_clip(checkpoint, processor=processor)
-        self._begin(parts, scale="model", class_names=class_names, name=name)
+        self._begin(parts, scale="model", class_names=class_names, compute=compute, name=name)

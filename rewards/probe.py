@@ -30,7 +30,7 @@ def probe_reward(
         for name, part in zip(reward.names, reward.rewards, strict=True):
             assert isinstance(part, Reward)
             climbed = gradient and reward.weights[name] != 0
-            probe_reward(part, image_size=image_size, conditions=conditions, gradient=climbed)
+            probe_reward(part, image_size=image_size, conditions=reward.read(conditions), gradient=climbed)
         return
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     generator = torch.Generator().manual_seed(0)

@@ -63,7 +63,7 @@ def available() -> dict[str, str]:
     return built_in | {name: f"package {_package(entry)}, {entry.value}" for name, entry in _plugins().items()}
 
 
-def build(name: str, **options: Any) -> "Reward":
+def build(name: str, /, **options: Any) -> "Reward":
     """Build a reward.
 
     Args:
@@ -77,15 +77,31 @@ def build(name: str, **options: Any) -> "Reward":
     """
     from rewards.base import Reward
 
+    factory, options = prepare(name, **options)
+    reward = factory(**options)
+    if not isinstance(reward, Reward):
+        raise ValueError(f"reward {name}: expected a rewards.Reward, got a {type(reward).__name__}")
+    return reward
+
+
+def prepare(name: str, /, **options: Any) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """What `build` calls and with which arguments, checked before any weights are read. Arguments and errors as there.
+
+    The argument `compute` may be a mapping, as a YAML file or the command line has it.
+    """
     factory = _factory(name)
     try:
         inspect.signature(factory).bind(**options)
     except TypeError as error:
         raise ValueError(f"reward {name}: expected its own arguments, got an error ({one_line(error)})") from error
-    reward = factory(**options)
-    if not isinstance(reward, Reward):
-        raise ValueError(f"reward {name}: expected a rewards.Reward, got a {type(reward).__name__}")
-    return reward
+    if isinstance(options.get("compute"), dict):
+        from rewards.compute import Compute
+
+        try:
+            options = {**options, "compute": Compute(**options["compute"])}
+        except TypeError as error:
+            raise ValueError(f"compute: expected the fields of Compute, got an error ({one_line(error)})") from error
+    return factory, options
 
 
 def _factory(name: str) -> Callable[..., Any]:

@@ -5,6 +5,7 @@ and held once.
 """
 
 import importlib
+import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -27,9 +28,12 @@ _SIGNATURES = (
     ("bits_to_indices", "MaskBit"),
     ("quantize.bits_to_indices", "the MaskBit tokenizer"),
     ("single_transformer_blocks.0.norm.linear.weight", "Meissonic"),
+    ("text_embed_proj.weight", "MaskGen"),
     ("model.embeddings.word_embeddings.weight", "ImageBert"),
     ("in_blocks.0.attn.qkv.weight", "UViTBert"),
+    ("decoder.text_guidance_proj.weight", "TA-TiTok"),
     ("latent_tokens", "TiTok"),
+    ("encoder.down_blocks.0.resnets.0.conv1.weight", "a VQModel of diffusers"),
     ("decoder.mid.attn_1.q.weight", "the Taming VQGAN"),
     ("decoder.mid.0.conv1.weight", "MaskGIT's VQGAN"),
     ("quantize.embedding.weight", "a VQ tokenizer"),
@@ -41,9 +45,13 @@ _FAMILIES: dict[str, tuple[str, str | None]] = {
     "maskbit": ("softgen.models.MaskBit", "softgen.tokenizers.MaskBitTokenizer"),
     "imagebert": ("softgen.models.ImageBert", "softgen.tokenizers.TiTok"),
     "uvitbert": ("softgen.models.UViTBert", "softgen.tokenizers.TiTok"),
+    "meissonic": ("softgen.models.Meissonic", "softgen.tokenizers.DiffusersVQ"),
+    "maskgen": ("softgen.models.MaskGen", "softgen.tokenizers.TATiTok"),
     "taming_vqgan": ("softgen.tokenizers.TamingVQGAN", None),
     "maskgit_vqgan": ("softgen.tokenizers.MaskGITVQGAN", None),
     "titok": ("softgen.tokenizers.TiTok", None),
+    "tatitok": ("softgen.tokenizers.TATiTok", None),
+    "diffusers_vq": ("softgen.tokenizers.DiffusersVQ", None),
     "vqgan_plus": ("softgen.tokenizers.VQGANPlusTokenizer", None),
 }
 
@@ -161,6 +169,32 @@ def find_checkpoint(source: str | Path, *, key: str, names: Sequence[str] = ()) 
         if (folder / name).is_file():
             return folder / name
     raise ValueError(f"{key}: expected {' or '.join(wanted)} in {folder}, got none of them")
+
+
+def diffusers_names(part: str) -> tuple[str, ...]:
+    """Files that may hold the weights of a part of a diffusers folder, seen from that folder or from the part's own."""
+    files = ("diffusion_pytorch_model", "model", "pytorch_model")
+    return tuple(
+        f"{folder}{file}{suffix}" for folder in (f"{part}/", "") for file in files for suffix in (".safetensors", ".bin")
+    )
+
+
+def settings_beside(path: Path) -> dict[str, Any]:
+    """What the config.json beside a checkpoint says; empty without one.
+
+    Raises:
+        ValueError: If it is no JSON object.
+    """
+    file = path.parent / "config.json"
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"config.json: expected valid JSON in {file}, got {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"config.json: expected a JSON object in {file}, got a {type(content).__name__}")
+    return content
 
 
 def build(

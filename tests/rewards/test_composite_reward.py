@@ -7,7 +7,7 @@ from jsonargparse import ArgumentParser
 from torch import Tensor
 from toy_rewards import Brightness, LinearClassifier, Scripted
 
-from rewards import ClassifierReward, CompositeReward, Normalisation, Reward
+from rewards import ClassifierReward, CompositeReward, Normalisation, Reward, probe_reward
 
 IMAGES = torch.linspace(0, 1, 2 * 3 * 4 * 4).view(2, 3, 4, 4)
 
@@ -106,3 +106,14 @@ def test_a_composite_can_be_written_as_a_config() -> None:
     reward = parser.instantiate_classes(parser.parse_object({"reward": config})).reward
     assert isinstance(reward, CompositeReward)
     torch.testing.assert_close(reward(IMAGES, ["a", "b"]), 2 * (IMAGES.mean(dim=(1, 2, 3)) - 0.5) / 0.1)
+
+
+def test_class_names_are_read_once_for_all() -> None:
+    composite = CompositeReward([Brightness()], class_names=["a shirt", "a boot"])
+    images = torch.rand(2, 3, 4, 4)
+    labels = torch.tensor([1, 0])
+    torch.testing.assert_close(composite(images, labels), images.mean(dim=(1, 2, 3)))
+    torch.testing.assert_close(composite.scores(images, labels)["brightness"], images.mean(dim=(1, 2, 3)))
+    probe_reward(composite, image_size=4, conditions=labels)
+    with pytest.raises(ValueError, match=r"^reward composite: expected labels in \[0, 1\], got 2$"):
+        composite(images, [0, 2])

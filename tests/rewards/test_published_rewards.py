@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_checkpoints import BUILDERS, hpsv3, imagereward, pickscore
+from tiny_checkpoints import AGAIN, BUILDERS, architecture, hpsv3, imagereward, pickscore
 
-from rewards import Reward, probe_reward
+from rewards import Compute, HPSv2Reward, PickScoreReward, Reward, probe_reward
 from rewards.qwen_images import fitted_size, patch_rows
 
 EACH = pytest.mark.parametrize("name", sorted(BUILDERS))
@@ -48,7 +48,7 @@ def test_the_prompt_counts(name: str, tmp_path: Path) -> None:
 
 
 def test_hpsv3_against_finite_differences(tmp_path: Path) -> None:
-    reward = build("hpsv3", tmp_path, dtype="float64")
+    reward = build("hpsv3", tmp_path, compute=Compute(dtype="float64"))
     images = torch.rand(1, 3, 56, 56, dtype=torch.float64).requires_grad_()
     (gradient,) = torch.autograd.grad(reward(images, PROMPTS[:1]).sum(), images)
     # transformers computes norms and rotations in float32 whatever the weights: one pixel's difference drowns in its
@@ -61,7 +61,7 @@ def test_hpsv3_against_finite_differences(tmp_path: Path) -> None:
 
 
 def test_recomputed_activations_change_nothing(tmp_path: Path) -> None:
-    reward, slim = build("hpsv3", tmp_path), build("hpsv3", tmp_path, checkpoint_activations=True)
+    reward, slim = build("hpsv3", tmp_path), build("hpsv3", tmp_path, compute=Compute(checkpoint_activations=True))
     images = torch.rand(2, 3, 56, 56)
     gradients = []
     for each in (reward, slim):
@@ -73,7 +73,7 @@ def test_recomputed_activations_change_nothing(tmp_path: Path) -> None:
 
 
 def test_a_bfloat16_backbone_keeps_its_head_in_float32(tmp_path: Path) -> None:
-    reward, half = build("hpsv3", tmp_path), build("hpsv3", tmp_path, dtype="bfloat16")
+    reward, half = build("hpsv3", tmp_path), build("hpsv3", tmp_path, compute=Compute(dtype="bfloat16"))
     images = torch.rand(2, 3, 56, 56)
     scores = half(images, PROMPTS)
     assert scores.dtype == torch.float32
@@ -141,5 +141,40 @@ def test_keys_that_do_not_fit_are_named(tmp_path: Path) -> None:
         HPSv3Reward(tmp_path, config={**QWEN, "image_token_id": 5})
     with pytest.raises(ValueError, match=r"^checkpoint: expected one of ImageReward with 'blip.visual_encoder"):
         ImageRewardReward(tmp_path / "HPSv3.safetensors")
-    with pytest.raises(ValueError, match=r"^dtype: expected float32, bfloat16 or float64, got 'int8'$"):
-        HPSv3Reward(tmp_path, dtype="int8")
+
+
+def test_a_clip_with_missing_weights_is_refused(tmp_path: Path) -> None:
+    build("pickscore", tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    del state["visual_projection.weight"]
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"expected to open .* \(1 missing, first 'visual_projection.weight'\)$"):
+        PickScoreReward(str(tmp_path))
+
+
+@pytest.mark.parametrize(("name", "file"), [("hpsv2", "HPS_v2.1_compressed.pt"), ("imagereward", "ImageReward.pt")])
+def test_a_checkpoint_that_lacks_a_weight_is_refused_by_its_name(name: str, file: str, tmp_path: Path) -> None:
+    build(name, tmp_path)
+    content = torch.load(tmp_path / file, weights_only=True)
+    state = content.get("state_dict", content)
+    lost = next(key for key in state if key.endswith("bias") and ("resblocks" in key or "text_encoder" in key))
+    del state[lost]
+    torch.save(content, tmp_path / file)
+    with pytest.raises(ValueError, match=r"expected") as caught:
+        AGAIN[name](tmp_path, Compute())
+    assert lost.removeprefix("blip.text_encoder.") in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_hub_id_of_hpsv2_is_looked_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    build("hpsv2", tmp_path)
+    asked: list[object] = []
+
+    def download(source: str, *, allow_patterns: list[str]) -> str:
+        asked.append((source, allow_patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    reward = HPSv2Reward(model_name=architecture(tmp_path))
+    assert asked == [("xswu/HPSv2", ["HPS_v2.1_compressed.pt", "*.json"])]
+    assert reward.preprocessing.resize_mode == "longest"

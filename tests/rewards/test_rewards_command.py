@@ -37,9 +37,9 @@ def images(tmp_path: Path) -> list[str]:
 def scores(capsys: pytest.CaptureFixture[str]) -> Scores:
     def run(*words: str) -> list[tuple[float, str]]:
         capsys.readouterr()
-        main(["score", *words])
-        lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
-        return [(float(score), path) for score, path in lines]
+        main(["score", *words, "--tsv"])
+        _, *rows = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+        return [(float(score), path) for score, path, _ in rows]
 
     return run
 
@@ -114,12 +114,38 @@ def test_a_prompt_for_each_image_and_options_from_a_file(
     options = {"model_name": tiny_clip, "pretrained": str(clip_weights), "scale": 100}
     (tmp_path / "clip.yaml").write_text(yaml.safe_dump(options))
     prompts = ["--prompt", "a", "--prompt", "b", "--prompt", "c"]
-    given = ["--options", str(tmp_path / "clip.yaml"), "scale=10"]
+    given = ["--options", str(tmp_path / "clip.yaml"), "scale=10", "--paired"]
     got = scores(*images, "--reward", "clip", *prompts, *given)
     reward = CLIPReward(tiny_clip, pretrained=clip_weights, scale=10)
     for (score, path), prompt in zip(got, "abc", strict=True):
         pixels = torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1).float() / 255
         assert score == pytest.approx(float(reward(pixels[None], [prompt])), abs=1e-5)
+
+
+def test_a_table_of_images_prompts_and_rewards(
+    images: list[str], tiny_clip: str, clip_weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {"model_name": tiny_clip, "pretrained": str(clip_weights)}
+    (tmp_path / "rewards.yaml").write_text(
+        yaml.safe_dump({"clip": {**options, "scale": 100}, "toy_rewards.Brightness": None})
+    )
+    words = [*images, "--prompt", "a cat", "--prompt", "a red dog", "--reward", str(tmp_path / "rewards.yaml")]
+    given = [f"model_name={tiny_clip}", f"pretrained={clip_weights}"]
+    main(["score", *words, "--reward", "clip", "--options", *given, "name=cosine", "--tsv"])
+    head, *rows = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    assert head == ["clip", "brightness", "cosine", "image", "prompt"]
+    assert [row[3:] for row in rows] == [[path, prompt] for path in images for prompt in ("a cat", "a red dog")]
+    reward = CLIPReward(tiny_clip, pretrained=clip_weights)
+    for scaled, bright, cosine, path, prompt in rows:
+        pixels = torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1).float() / 255
+        assert float(cosine) == pytest.approx(float(reward(pixels[None], [prompt])), abs=1e-5)
+        assert float(scaled) == pytest.approx(100 * float(cosine), abs=1e-3)
+        assert float(bright) == pytest.approx(float(pixels.mean()), abs=1e-5)
+    # Without --tsv the same in columns, and options before the first reward are for all.
+    main(["score", *words[:5], "--options", *given, "--reward", "clip"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4
+    assert len({line.index(path) for line, path in zip(lines, ["image", *images], strict=True)}) == 1
 
 
 def test_a_warning_is_one_line(
@@ -139,12 +165,22 @@ def test_mistakes_are_one_line(images: list[str], fails: Fails, tmp_path: Path) 
     )
     assert fails(*score, "clap", "--prompt", "a") == known
     assert fails(*score, "toy_rewards.Brightness") == "the following arguments are required: --prompt/--label"
-    assert fails() == "the following arguments are required: {list,score}"
+    assert fails() == "the following arguments are required: {list,score,env}"
     missing = str(tmp_path / "none.png")
     brightness = ("--reward", "toy_rewards.Brightness", "--prompt", "a")
     assert fails("score", missing, *brightness) == f"images: expected files, got {missing}"
-    two = "--prompt: expected one, or one for each of the 3 images, got 2"
-    assert fails("score", *images, *brightness, "--prompt", "b") == two
+    two = "--paired: expected a prompt for each of the 3 images, got 2"
+    assert fails("score", *images, *brightness, "--prompt", "b", "--paired") == two
+    twice = "--reward: expected names that are unique, got 'brightness' twice (see the option name)"
+    assert fails("score", images[0], *brightness, "--reward", "toy_rewards.Brightness") == twice
+    # Every reward's arguments are looked at before any reward is opened.
+    second = "reward clip: expected its own arguments, got an error (got an unexpected keyword argument 'size')"
+    assert fails("score", images[0], *brightness, "--reward", "clip", "--options", "size=3") == second
+    (tmp_path / "wrong.yaml").write_text("clip: ViT-B-32")
+    inner = f"argument --reward: expected '{tmp_path / 'wrong.yaml'}' to map names to options, got a str for 'clip'"
+    assert fails("score", images[0], "--prompt", "a", "--reward", str(tmp_path / "wrong.yaml")) == inner
+    unread = f"argument --reward: expected key=value or a YAML file, got '{tmp_path / 'none.yaml'}'"
+    assert fails("score", images[0], "--prompt", "a", "--reward", str(tmp_path / "none.yaml")).startswith(unread)
     (tmp_path / "text.png").write_text("no image")
     broken = f"images: expected an image, got '{tmp_path / 'text.png'}', which cannot be read"
     assert fails("score", str(tmp_path / "text.png"), *brightness).startswith(broken)

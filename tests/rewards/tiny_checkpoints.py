@@ -1,6 +1,7 @@
 """Tiny random checkpoints of the published rewards, in their layouts, with tokenizers to go with them."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,16 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 
-from rewards import AestheticReward, HPSv2Reward, HPSv3Reward, ImageRewardReward, PickScoreReward
+from rewards import (
+    AestheticReward,
+    CLIPReward,
+    Compute,
+    HPSv2Reward,
+    HPSv3Reward,
+    ImageRewardReward,
+    PickScoreReward,
+    Reward,
+)
 
 WORDS = ["a", "red", "blue", "cat", "dog", "of", "photo", "zero", "one", "two"]
 QWEN: dict[str, Any] = {
@@ -191,4 +201,32 @@ BUILDERS = {
     "hpsv3": hpsv3,
     "imagereward": imagereward,
     "pickscore": pickscore,
+}
+
+
+def clip(folder: Path) -> CLIPReward:
+    """A torch file, kept if it is there."""
+    path = folder / "clip.pt"
+    name = architecture(folder)
+    if not path.is_file():
+        torch.save(open_clip.create_model(name).state_dict(), path)
+    return CLIPReward(name, pretrained=path)
+
+
+# How the tiny checkpoint in a folder is opened once more, computed in another way.
+AGAIN: dict[str, Callable[[Path, Compute], Reward]] = {
+    "aesthetic": lambda folder, compute: AestheticReward(
+        folder / "sac+logos+ava1-l14-linearMSE.pth",
+        clip_weights=folder / "clip.pt",
+        model_name=architecture(folder),
+        compute=compute,
+    ),
+    "clip": lambda folder, compute: CLIPReward(architecture(folder), pretrained=folder / "clip.pt", compute=compute),
+    "hpsv2": lambda folder, compute: HPSv2Reward(
+        folder / "HPS_v2.1_compressed.pt", model_name=architecture(folder), compute=compute
+    ),
+    "imagereward": lambda folder, compute: ImageRewardReward(
+        folder, tokenizer=str(folder), vision_heads=2, compute=compute
+    ),
+    "pickscore": lambda folder, compute: PickScoreReward(str(folder), compute=compute),
 }
