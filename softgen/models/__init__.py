@@ -6,6 +6,7 @@ from softgen.models.conditions import ClassCondition, Condition, TextCondition
 from softgen.models.generator import OneStepGenerator
 from softgen.models.maskbit import MaskBit
 from softgen.models.maskgit import MaskGIT
+from softgen.models.meissonic import Meissonic
 from softgen.models.open_clip_models import OpenCLIP
 from softgen.models.pretrained_text import PretrainedTextEncoder
 from softgen.models.text import TextEncoder, WordTextEncoder
@@ -22,6 +23,7 @@ __all__ = [
     "MaskGIT",
     "MaskedDiffusionModel",
     "MaskedTransformer",
+    "Meissonic",
     "ModelOutput",
     "OneStepGenerator",
     "OpenCLIP",

@@ -26,11 +26,17 @@ class PretrainedTextEncoder(TextEncoder):
 
     Args:
         source: A folder or hub id of transformers; for open_clip "local-dir:FOLDER" or "hf-hub:OWNER/NAME".
+        subfolder: Of a diffusers folder: where the text tower is, with the tokenizer in `tokenizer` beside it.
         library: `transformers` or `open_clip`.
         layer: The states taken: -1 those after the last layer and its norm, -2 those before the last layer, and so on.
         length: T; by default the model's own context, or 77 where it has none.
         width: c, and
         pooled_width: p; by default read from the source's config.
+        attend_padding: Whether tokens look at the padding too, as towers do that models without a mask were trained
+            with; towers of open_clip always do, as far as the order of the tokens lets them.
+        pad_id: Token id of the padding; by default the tokenizer's. open_clip pads with 0.
+        force_quick_gelu: Take the activation that OpenAI's CLIP weights were trained with, whatever the source says. Of
+            open_clip's sources that are called after OpenAI it is always taken.
 
     Raises:
         ImportError: The library is not installed; the message has the command.
@@ -42,10 +48,14 @@ class PretrainedTextEncoder(TextEncoder):
         source: str,
         *,
         library: Library = "transformers",
+        subfolder: str = "",
         layer: int = -1,
         length: int | None = None,
         width: int | None = None,
         pooled_width: int | None = None,
+        attend_padding: bool = False,
+        pad_id: int | None = None,
+        force_quick_gelu: bool = False,
     ) -> None:
         super().__init__()
         if library not in get_args(Library):
@@ -54,7 +64,11 @@ class PretrainedTextEncoder(TextEncoder):
             raise ValueError(f"text_encoder.layer: expected a number below 0, counted from the end, got {layer}")
         self._tower: _Tower | None = None
         self._placed: list[Callable[[Tensor], Tensor]] = []
+        if subfolder and library != "transformers":
+            raise ValueError(f"text_encoder.subfolder: expected none with {library}, got {subfolder!r}")
         self._source, self._library, self._layer = source, library, layer
+        self._subfolder, self._attend_padding, self._pad_id = subfolder, attend_padding, pad_id
+        self._force_quick_gelu = force_quick_gelu
         if length is None or width is None or pooled_width is None:
             sizes = self._open().sizes
             length, width, pooled_width = (
@@ -65,18 +79,33 @@ class PretrainedTextEncoder(TextEncoder):
         self.config = {
             "source": source,
             "library": library,
+            "subfolder": subfolder,
             "layer": layer,
             "length": length,
             "width": width,
             "pooled_width": pooled_width,
+            "attend_padding": attend_padding,
+            "pad_id": pad_id,
+            "force_quick_gelu": force_quick_gelu,
         }
 
     @torch.no_grad()
     def forward(self, prompts: Sequence[str]) -> TextCondition:
         """Encode B prompts; without gradients."""
         self.warn_of_problems(prompts)
+        ids, mask = self._open().tokenise(list(prompts), length=self.length)
+        if self._pad_id is not None:
+            ids = ids.masked_fill(~mask, self._pad_id)
+        return self.encode_ids(ids, mask)
+
+    @torch.no_grad()
+    def encode_ids(self, ids: Tensor, mask: Tensor) -> TextCondition:
+        """Encode token ids (B, T), of which the mask (B, T) says where there is no padding; without gradients."""
         tower = self._open()
-        states, mask, pooled = tower.encode(list(prompts), layer=self._layer, length=self.length)
+        device = next(tower.model.parameters()).device
+        ids, mask = ids.to(device), mask.to(device)
+        seen = torch.ones_like(mask) if self._attend_padding else mask
+        states, pooled = tower.encode(ids, mask, seen=seen, layer=self._layer)
         return TextCondition.of(states, mask, pooled)
 
     def problems(self, prompts: Sequence[str]) -> PromptProblems:
@@ -85,9 +114,12 @@ class PretrainedTextEncoder(TextEncoder):
 
     def _open(self) -> "_Tower":
         if self._tower is None:
-            opened = _open_transformers if self._library == "transformers" else _open_open_clip
+            quick = self._force_quick_gelu
             with torch.device("cpu"):  # also while a model is being built without memory
-                self._tower = opened(self._source)
+                if self._library == "transformers":
+                    self._tower = _open_transformers(self._source, self._subfolder, quick_gelu=quick)
+                else:
+                    self._tower = _open_open_clip(self._source, quick_gelu=quick)
             self._tower.model.requires_grad_(requires_grad=False).eval()
             for move in self._placed:
                 self._tower.model._apply(move)  # type: ignore[no-untyped-call]
@@ -108,14 +140,32 @@ class PretrainedTextEncoder(TextEncoder):
         return copied
 
 
+def openai_clip_text(source: str, *, layer: int, **sizes: int) -> PretrainedTextEncoder:
+    """A text tower with OpenAI's CLIP weights as MaskGen and TA-TiTok read it: padded with 0, and padding is seen.
+
+    Args:
+        source: As of `PretrainedTextEncoder`; open_clip's by its prefix.
+        layer: As of `PretrainedTextEncoder`.
+        sizes: `length`, `width` and `pooled_width`, with which the source is opened when it is first needed.
+    """
+    library: Library = "open_clip" if source.startswith(("local-dir:", "hf-hub:")) else "transformers"
+    return PretrainedTextEncoder(
+        source, library=library, layer=layer, attend_padding=True, pad_id=0, force_quick_gelu=True, **sizes
+    )
+
+
 class _Tower:
     """An opened text model: its sizes (T, c, p), and how it encodes."""
 
     def __init__(self, model: nn.Module, sizes: tuple[int, int, int]) -> None:
         self.model, self.sizes = model, sizes
 
-    def encode(self, prompts: list[str], *, layer: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
-        """States (B, T, c), mask (B, T), pooled (B, p)."""
+    def tokenise(self, prompts: list[str], *, length: int) -> tuple[Tensor, Tensor]:
+        """Ids (B, T), and the mask (B, T) that is False at the padding."""
+        raise NotImplementedError
+
+    def encode(self, ids: Tensor, mask: Tensor, *, seen: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """States (B, T, c) and pooled (B, p) of ids (B, T); tokens look where `seen` (B, T) is True."""
         raise NotImplementedError
 
     def count_long(self, prompts: list[str], *, length: int) -> int:
@@ -128,19 +178,20 @@ class _TransformersTower(_Tower):
         super().__init__(model, sizes)
         self._tokenizer = tokenizer
 
-    def encode(self, prompts: list[str], *, layer: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
-        device = next(self.model.parameters()).device
+    def tokenise(self, prompts: list[str], *, length: int) -> tuple[Tensor, Tensor]:
         encoded = self._tokenizer(
             prompts, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
         )
-        ids, mask = encoded["input_ids"].to(device), encoded["attention_mask"].to(device)
-        output = self.model(input_ids=ids, attention_mask=mask, output_hidden_states=layer != -1)
+        return encoded["input_ids"], encoded["attention_mask"].bool()
+
+    def encode(self, ids: Tensor, mask: Tensor, *, seen: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        output = self.model(input_ids=ids, attention_mask=seen.long(), output_hidden_states=layer != -1)
         states = output.last_hidden_state if layer == -1 else output.hidden_states[layer]
         pooled = getattr(output, "text_embeds", None)
         if pooled is None:
             weights = mask.unsqueeze(-1).to(states.dtype)
             pooled = (states * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
-        return states, mask.bool(), pooled
+        return states, pooled
 
     def count_long(self, prompts: list[str], *, length: int) -> int:
         return sum(len(ids) > length for ids in self._tokenizer(prompts)["input_ids"])
@@ -151,35 +202,41 @@ class _OpenCLIPTower(_Tower):
         super().__init__(model, sizes)
         self._tokenizer = tokenizer
 
-    def encode(self, prompts: list[str], *, layer: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
+    def tokenise(self, prompts: list[str], *, length: int) -> tuple[Tensor, Tensor]:
+        ids = self._tokenizer(prompts, context_length=length)
+        return ids, ids != 0
+
+    def encode(self, ids: Tensor, mask: Tensor, *, seen: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         model: Any = self.model
-        ids = self._tokenizer(prompts, context_length=length).to(next(model.parameters()).device)
         output = model.forward_intermediates(
             text=ids, text_indices=-layer, normalize=False, normalize_intermediates=layer == -1
         )
-        states = output["text_intermediates"][layer]
-        return states, ids != 0, output["text_features"]
+        return output["text_intermediates"][layer], output["text_features"]
 
     def count_long(self, prompts: list[str], *, length: int) -> int:
         longer = self._tokenizer(prompts, context_length=4 * length)
         return int((longer[:, length:] != 0).any(dim=1).sum())
 
 
-def _open_transformers(source: str) -> _Tower:
+def _open_transformers(source: str, subfolder: str, *, quick_gelu: bool) -> _Tower:
     transformers = _import("transformers", source, package="transformers")
     try:
-        config = transformers.AutoConfig.from_pretrained(source)
+        config = transformers.AutoConfig.from_pretrained(source, subfolder=subfolder)
         is_clip, text = config.model_type in ("clip", "clip_text_model"), getattr(config, "text_config", config)
         family: Any = transformers.AutoModel
         if is_clip:
             family, text.projection_dim = transformers.CLIPTextModelWithProjection, config.projection_dim
+            if quick_gelu:
+                text.hidden_act = "quick_gelu"
         elif config.model_type == "t5":
             family = transformers.T5EncoderModel
         with _quiet(transformers):  # of the image tower, which is not wanted
-            model, found = family.from_pretrained(source, config=text, weights_only=True, output_loading_info=True)
+            model, found = family.from_pretrained(
+                source, subfolder=subfolder, config=text, weights_only=True, output_loading_info=True
+            )
         if missing := sorted(found["missing_keys"]):
             raise ValueError(f"no weights for {missing[0]!r}")
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, subfolder="tokenizer" if subfolder else "")
     except Exception as error:  # transformers, torch and the hub each have errors of their own
         raise _cannot_open(source, error) from error
     width = text.hidden_size
@@ -187,12 +244,13 @@ def _open_transformers(source: str) -> _Tower:
     return _TransformersTower(model, (getattr(text, "max_position_embeddings", 77), width, pooled), tokenizer)
 
 
-def _open_open_clip(source: str) -> _Tower:
+def _open_open_clip(source: str, *, quick_gelu: bool) -> _Tower:
     open_clip = _import("open_clip", source, package="open_clip_torch")
     if not source.startswith(("local-dir:", "hf-hub:")):
         raise ValueError(f"text_encoder.source: expected local-dir:FOLDER or hf-hub:OWNER/NAME, got {source!r}")
     try:
-        model = open_clip.create_model(source, weights_only=True)
+        openais = source.lower().endswith("openai")
+        model = open_clip.create_model(source, weights_only=True, force_quick_gelu=quick_gelu or openais)
         tokenizer = open_clip.get_tokenizer(source)
     except Exception as error:  # open_clip, torch and the hub each have errors of their own
         raise _cannot_open(source, error) from error

@@ -6,6 +6,7 @@ from itertools import zip_longest
 from typing import Any, Literal
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
@@ -244,7 +245,7 @@ class TeacherTraining(Stage):
         # The same images and sites on every process, and whatever the order of the data.
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "two_tau_squared"))
         images = torch.randperm(len(source), generator=generator)[:_TAU_IMAGES].tolist()
-        batch = {name: value.to(self.device) for name, value in source.fetch(images).items()}
+        batch = move_data_to_device(source.fetch(images), self.device)
         codebook, stored = self.tokenizer.codebook, batch.get("token")
         sites = len(images) * self.tokenizer.num_sites
         chosen = torch.randperm(sites, generator=generator)[:_TAU_LATENTS].to(self.device)

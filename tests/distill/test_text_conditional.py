@@ -83,6 +83,20 @@ def test_a_teacher_learns_its_words_from_the_captions(folder: Path) -> None:
     assert {"circle", "red", "and", "of"} <= set(teacher.text_encoder.vocabulary)
 
 
+def test_snce_measures_its_width_on_captioned_images(folder: Path, tmp_path: Path) -> None:
+    encoder = {"class_path": "softgen.models.WordTextEncoder", "init_args": {"num_words": 64, "width": 8, "heads": 2}}
+    sizes = {"num_codes": 8, "num_sites": 16, "width": 8, "depth": 1, "heads": 2, "text_encoder": encoder}
+    stage = fit(
+        tmp_path,
+        "--model=softgen.training.TeacherTraining",
+        f"--model.init_args.tokenizer={folder}/tokenizer",
+        f"--model.init_args.model={json.dumps({'class_path': 'softgen.models.MaskedTransformer', 'init_args': sizes})}",
+        "--model.init_args.target=snce",
+    )
+    assert isinstance(stage, TeacherTraining)
+    assert isinstance(stage.two_tau_squared, float)
+
+
 def test_a_resumed_teacher_must_know_the_same_words(folder: Path) -> None:
     model = MaskedTransformer(
         num_codes=8, num_sites=16, width=8, depth=2, heads=2, text_encoder=WordTextEncoder(vocabulary=["dog"], width=8)
