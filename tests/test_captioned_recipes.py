@@ -24,11 +24,12 @@ TINY_CLIP: dict[str, Any] = {
 }
 
 
-def stand_ins(root: Path) -> None:
+def stand_ins(root: Path, name: str) -> None:
     """Untrained models, of the sizes that the recipes give, where earlier stages leave theirs."""
-    tokenizer = ConvVQTokenizer(image_size=32, num_codes=1024, channels=[8, 8, 8])
+    codes = 512 if name == "shapes" else 1024
+    tokenizer = ConvVQTokenizer(image_size=32, num_codes=codes, channels=[8, 8, 8])
     encoder = WordTextEncoder(vocabulary=["a", "red", "circle"], num_words=8, width=8, depth=1, heads=1)
-    teacher = MaskedTransformer(num_codes=1024, num_sites=64, width=8, depth=1, heads=1, text_encoder=encoder)
+    teacher = MaskedTransformer(num_codes=codes, num_sites=64, width=8, depth=1, heads=1, text_encoder=encoder)
     tokenizer.save_pretrained(root / "1_tokenizer" / "model")
     teacher.save_pretrained(root / "2_teacher" / "model", tokenizer=tokenizer)
     teacher.save_pretrained(root / "3_dimo" / "auxiliary")
@@ -47,7 +48,7 @@ class NotRunning(StageCLI):
 def test_recipe_instantiates(name: str, stage: str, tmp_path: Path) -> None:
     text = (CONFIGS / name / f"{stage}.yaml").read_text()
     assert re.search(rf"^run_dir: runs/{name}/{stage}$", text, flags=re.MULTILINE)
-    stand_ins(tmp_path)
+    stand_ins(tmp_path, name)
     moved = text.replace(f"runs/{name}", str(tmp_path))
     assert "runs/" not in moved
     config = tmp_path / "config.yaml"
@@ -62,7 +63,7 @@ def test_recipe_instantiates(name: str, stage: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["shapes", "openmoji"])
 def test_tteo_recipe_runs(name: str, tmp_path: Path) -> None:
-    stand_ins(tmp_path)
+    stand_ins(tmp_path, name)
     content = yaml.safe_load((CONFIGS / name / "5_tteo.yaml").read_text().replace(f"runs/{name}", str(tmp_path)))
     content["settings"]["steps"] = 1
     config = tmp_path / "config.yaml"

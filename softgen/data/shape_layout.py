@@ -8,11 +8,11 @@ Shape legend: B pictures, 4 places: 0 and 1 in the first row, 2 and 3 in the sec
 import torch
 from torch import Tensor
 
-MARGIN = 0.04
+MARGIN = 0.05
 """Least distance from an object to the border, as a fraction of the side."""
-GAP = 0.08
+GAP = 0.11
 """Least distance between two objects, along the rows or across them."""
-MAX_SLANT = 0.5
+MAX_SLANT = 0.25
 """Where a relation is stated: the largest offset across it, in units of the offset along it."""
 LAYOUT_DRAWS = 11
 """Random numbers that one layout takes."""

@@ -29,16 +29,14 @@ _COLOUR_JITTER = 0.05
 _GREY_JITTER = 0.05
 _TINT_JITTER = 0.015
 
-# Radii as fractions of the side, by the number of objects: the smallest, the largest "small" one, the smallest
-# "large" one, the largest. Four of the largest fit beside each other with all gaps.
-_RADII = torch.tensor(
-    (
-        (0.15, 0.20, 0.28, 0.36),
-        (0.15, 0.165, 0.185, 0.205),
-        (0.15, 0.165, 0.165, 0.18),
-        (0.15, 0.165, 0.165, 0.18),
-    )
-)
+# Places and radii are multiples of these fractions of the side (2 pixels and half a pixel at 32): what little models
+# can learn at this scale is what goes together, not the sub-pixel geometry of every edge.
+_CENTRE_STEP = 1 / 16
+_RADIUS_STEP = 1 / 64
+
+# Radii in steps, by the number of objects: the smallest, the largest "small" one, the smallest "large" one, the largest.
+# Two of the largest fit beside each other with all gaps.
+_RADII = torch.tensor(((10, 13, 18, 23), (10, 10, 12, 12), (10, 10, 11, 11), (10, 10, 11, 11)))
 
 
 @dataclass(frozen=True)
@@ -114,7 +112,8 @@ class Shapes(ImageDataModule):
     Circles, squares, triangles, crosses and rings in six colours, apart from each other, on white, grey or black. A
     caption asks for one of GenEval's six tasks (arXiv 2310.11513) and may name sizes and the background; what it does
     not name is drawn at random. `ShapesGenEval` verifies pictures against captions. Prompts have at most 14 words of a
-    vocabulary of 38 (`softgen.data.scenes.shapes_vocabulary`).
+    vocabulary of 38 (`softgen.data.scenes.shapes_vocabulary`). Centres lie on a grid of a sixteenth of the side, radii are
+    multiples of a 64th.
 
     About 15 % of each task's descriptions are held out, the same for every seed, template and order of words:
     training never shows them, validation and `shapes_prompts` show nothing else. Validation is the same for every seed.
@@ -229,7 +228,7 @@ class _Table:
             kind=kind,
             colour=colours,
             rgb=(COLOUR_RGB[colours] + jitter).clamp(0, 1),
-            centre=self._centres(rows, radius, layout, turns),
+            centre=(self._centres(rows, radius, layout, turns) / _CENTRE_STEP).round() * _CENTRE_STEP,
             radius=radius,
             background=(grey[:, None] + (2 * tint - 1) * _TINT_JITTER).clamp(0, 1),
         )
@@ -240,7 +239,7 @@ class _Table:
         size = self.size[rows]
         low = torch.where(size == SIZES.index("large"), limits[..., 2], limits[..., 0])
         high = torch.where(size == SIZES.index("small"), limits[..., 1], limits[..., 3])
-        return low + draws * (high - low)
+        return (low + (draws * (high - low + 1)).long()) * _RADIUS_STEP
 
     def _centres(self, rows: Tensor, radius: Tensor, layout: Tensor, turns: Tensor) -> Tensor:
         """Centres (B, 4, 2) as x and y, by the stated relation or turned around at random."""
