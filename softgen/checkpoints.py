@@ -32,11 +32,14 @@ _SIGNATURES = (
     ("model.embeddings.word_embeddings.weight", "ImageBert"),
     ("in_blocks.0.attn.qkv.weight", "UViTBert"),
     ("decoder.text_guidance_proj.weight", "TA-TiTok"),
+    ("decoder.learnable_embedding.weight", "SFTok"),
     ("latent_tokens", "TiTok"),
+    ("encoder.latent_pos_embed", "SoftVQ-VAE"),
     ("encoder.down_blocks.0.resnets.0.conv1.weight", "a VQModel of diffusers"),
     ("decoder.mid.attn_1.q.weight", "the Taming VQGAN"),
     ("decoder.mid.0.conv1.weight", "MaskGIT's VQGAN"),
     ("quantize.embedding.weight", "a VQ tokenizer"),
+    ("text_model.embeddings.token_embedding.weight", "a CLIP text encoder"),
 )
 
 # The model of each published family, and its tokenizer; a tokenizer stands alone.
@@ -51,6 +54,8 @@ _FAMILIES: dict[str, tuple[str, str | None]] = {
     "maskgit_vqgan": ("softgen.tokenizers.MaskGITVQGAN", None),
     "titok": ("softgen.tokenizers.TiTok", None),
     "tatitok": ("softgen.tokenizers.TATiTok", None),
+    "sftok": ("softgen.tokenizers.SFTok", None),
+    "softvq": ("softgen.tokenizers.SoftVQ", None),
     "diffusers_vq": ("softgen.tokenizers.DiffusersVQ", None),
     "vqgan_plus": ("softgen.tokenizers.VQGANPlusTokenizer", None),
 }
@@ -175,7 +180,10 @@ def diffusers_names(part: str) -> tuple[str, ...]:
     """Files that may hold the weights of a part of a diffusers folder, seen from that folder or from the part's own."""
     files = ("diffusion_pytorch_model", "model", "pytorch_model")
     return tuple(
-        f"{folder}{file}{suffix}" for folder in (f"{part}/", "") for file in files for suffix in (".safetensors", ".bin")
+        f"{folder}{file}{suffix}"
+        for folder in (f"{part}/", "")
+        for file in files
+        for suffix in (".safetensors", ".bin")
     )
 
 
@@ -286,8 +294,8 @@ def _read_safetensors(path: Path, *, key: str) -> dict[str, Tensor]:
 
 
 def _strip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Without the prefix that a wrapper put before every name."""
-    stripped = dict(state)
+    """Without the prefix that a wrapper put before every name, and those of parts that were compiled by themselves."""
+    stripped = {name.replace("._orig_mod.", "."): value for name, value in state.items()}
     for prefix in _WRAPPERS:
         if stripped and all(name.startswith(prefix) for name in stripped):
             stripped = {name.removeprefix(prefix): value for name, value in stripped.items()}

@@ -1,6 +1,7 @@
 """Turn a published checkpoint into our folder, once.
 
 python -m softgen.convert --family maskgit --source MaskGIT_ImageNet_256.pth --tokenizer last.ckpt --out DIR
+python -m softgen.convert --family meissonic --source MeissonFlow/Meissonic --tokenizer MeissonFlow/Meissonic --out DIR
 """
 
 from pathlib import Path
@@ -14,6 +15,10 @@ from softgen.pretrained import Pretrained, check_target
 
 PROGRAM = "softgen.convert"
 
+# Share of masks and weight of the noise of the published students.
+_STUDENT = (0.6, 0.1)
+_STUDENTS = {"meissonic": (0.5, 0.3)}
+
 
 def convert(
     *,
@@ -24,8 +29,8 @@ def convert(
     options: dict[str, Any] | None = None,
     tokenizer_options: dict[str, Any] | None = None,
     student: bool = False,
-    r_init: float = 0.6,
-    noise: float = 0.1,
+    r_init: float | None = None,
+    noise: float | None = None,
 ) -> None:
     """Write config.json and model.safetensors of a published checkpoint, and of its tokenizer beside it.
 
@@ -34,14 +39,15 @@ def convert(
 
     Args:
         family: One of the families that the toolkit knows, a model or a tokenizer.
-        source: The checkpoint: a file, or a folder or hub id that holds it.
+        source: The checkpoint: a file, or a folder or hub id that holds it; of diffusers' layout, the whole folder.
         out: Folder to write; a saved module there is replaced.
         tokenizer: Checkpoint of the model's tokenizer, saved in the subfolder `tokenizer`.
         options: Arguments of the family's `from_checkpoint`, such as {"heads": 16}.
         tokenizer_options: Arguments of the tokenizer's.
         student: The checkpoint is a Di[M]O student: write a one-step generator, with the two options that follow.
-        r_init: Share of masks in its initial tokens, in [0, 1]; 0.6 in the published MaskGIT student.
-        noise: Weight of the noise on its initial embeddings, in [0, 1]; 0.1 in the published MaskGIT student.
+        r_init: Share of masks in its initial tokens, in [0, 1]; by default as published: 0.5 of Meissonic, else 0.6.
+        noise: Weight of the noise on its initial embeddings, in [0, 1]; by default as published: 0.3 of Meissonic, else
+            0.1.
 
     Raises:
         ValueError: Naming the option, what was expected and what was got.
@@ -58,7 +64,12 @@ def convert(
         if student:
             if not isinstance(model, MaskedDiffusionModel):
                 raise ValueError(f"student: expected a masked diffusion model's family, got {family}")
-            model = OneStepGenerator(model, r_init=r_init, noise=noise)
+            default = _STUDENTS.get(family, _STUDENT)
+            model = OneStepGenerator(
+                model,
+                r_init=default[0] if r_init is None else r_init,
+                noise=default[1] if noise is None else noise,
+            )
         model.save_pretrained(out, tokenizer=beside)
     print(f"{type(model).__name__}: {out}")
 

@@ -243,7 +243,7 @@ def test_convert_writes_a_student(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--family=gan", "--source=x"], "family: expected one of imagebert, "),
+        (["--family=gan", "--source=x"], "family: expected one of diffusers_vq, imagebert, "),
         (["--family=maskgit", "--source=x"], "source: expected a folder or a hub id"),
         (["--family=taming_vqgan", "--source=x", "--tokenizer=y"], "tokenizer: expected none with taming_vqgan"),
     ],

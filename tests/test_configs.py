@@ -42,6 +42,7 @@ def test_there_are_recipes() -> None:
         "imagenet256",
         "openmoji",
         "shapes",
+        "text_to_image",
         "tteo",
     }
     for name in ("digits", "fashion_mnist"):

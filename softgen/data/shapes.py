@@ -34,7 +34,7 @@ _TINT_JITTER = 0.015
 _CENTRE_STEP = 1 / 16
 _RADIUS_STEP = 1 / 64
 
-# Radii in steps, by the number of objects: the smallest, the largest "small" one, the smallest "large" one, the largest.
+# Radii in steps, by the number of objects: the smallest, the largest "small" and the smallest "large" one, the largest.
 # Two of the largest fit beside each other with all gaps.
 _RADII = torch.tensor(((10, 13, 18, 23), (10, 10, 12, 12), (10, 10, 11, 11), (10, 10, 11, 11)))
 
@@ -112,8 +112,8 @@ class Shapes(ImageDataModule):
     Circles, squares, triangles, crosses and rings in six colours, apart from each other, on white, grey or black. A
     caption asks for one of GenEval's six tasks (arXiv 2310.11513) and may name sizes and the background; what it does
     not name is drawn at random. `ShapesGenEval` verifies pictures against captions. Prompts have at most 14 words of a
-    vocabulary of 38 (`softgen.data.scenes.shapes_vocabulary`). Centres lie on a grid of a sixteenth of the side, radii are
-    multiples of a 64th.
+    vocabulary of 38 (`softgen.data.scenes.shapes_vocabulary`). Centres lie on a grid of a sixteenth of the side, and
+    radii are multiples of a 64th.
 
     About 15 % of each task's descriptions are held out, the same for every seed, template and order of words:
     training never shows them, validation and `shapes_prompts` show nothing else. Validation is the same for every seed.

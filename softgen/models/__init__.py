@@ -5,6 +5,7 @@ from softgen.models.base import ImageCodeModel, MaskedDiffusionModel, ModelOutpu
 from softgen.models.conditions import ClassCondition, Condition, TextCondition
 from softgen.models.generator import OneStepGenerator
 from softgen.models.maskbit import MaskBit
+from softgen.models.maskgen import MaskGen
 from softgen.models.maskgit import MaskGIT
 from softgen.models.meissonic import Meissonic
 from softgen.models.open_clip_models import OpenCLIP
@@ -21,6 +22,7 @@ __all__ = [
     "ImageCodeModel",
     "MaskBit",
     "MaskGIT",
+    "MaskGen",
     "MaskedDiffusionModel",
     "MaskedTransformer",
     "Meissonic",

@@ -140,7 +140,7 @@ class PretrainedTextEncoder(TextEncoder):
         return copied
 
 
-def openai_clip_text(source: str, *, layer: int, **sizes: int) -> PretrainedTextEncoder:
+def openai_clip_text(source: str, *, layer: int, **sizes: Any) -> PretrainedTextEncoder:
     """A text tower with OpenAI's CLIP weights as MaskGen and TA-TiTok read it: padded with 0, and padding is seen.
 
     Args:

@@ -2,14 +2,25 @@
 
 from softgen.models.base import MaskedDiffusionModel
 from softgen.models.maskbit import MaskBit
+from softgen.models.maskgen import MaskGen
 from softgen.models.maskgit import MaskGIT
+from softgen.models.meissonic import Meissonic
 from softgen.models.titok_generators import ImageBert, UViTBert
 from softgen.samplers.maskbit import MaskBitSampler
+from softgen.samplers.maskgen import MaskGenSampler
 from softgen.samplers.maskgit import PublishedMaskGITSampler
+from softgen.samplers.meissonic import MeissonicSampler
 from softgen.samplers.titok import TiTokSampler
 from softgen.sampling import Sampler
 
-__all__ = ["MaskBitSampler", "PublishedMaskGITSampler", "TiTokSampler", "published_sampler"]
+__all__ = [
+    "MaskBitSampler",
+    "MaskGenSampler",
+    "MeissonicSampler",
+    "PublishedMaskGITSampler",
+    "TiTokSampler",
+    "published_sampler",
+]
 
 
 def published_sampler(model: MaskedDiffusionModel, *, key: str = "sampler") -> Sampler:
@@ -22,6 +33,10 @@ def published_sampler(model: MaskedDiffusionModel, *, key: str = "sampler") -> S
         if model.config["img_size"] == 512:
             return PublishedMaskGITSampler(steps=15, guidance=2.8, confidence_noise=7.0)
         return PublishedMaskGITSampler()
+    if isinstance(model, Meissonic):
+        return MeissonicSampler(steps=64 if model.downsample else 48)
+    if isinstance(model, MaskGen):
+        return MaskGenSampler()
     if isinstance(model, MaskBit):
         return MaskBitSampler.published(model.config["bits"])
     if isinstance(model, ImageBert):

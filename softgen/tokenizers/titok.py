@@ -62,7 +62,8 @@ class ViTBlock(nn.Module):
         return x
 
 
-def _free(*shape: int, width: int) -> nn.Parameter:
+def free_parameter(*shape: int, width: int) -> nn.Parameter:
+    """A parameter that is no layer's, drawn with standard deviation width^-0.5."""
     return nn.Parameter(torch.randn(shape) * width**-0.5)
 
 
@@ -96,9 +97,9 @@ class TiTokEncoder(nn.Module):
         patches = (image_size // patch_size) ** 2
         self.scrambles = scrambles
         self.patch_embed = nn.Conv2d(3, width, patch_size, stride=patch_size)
-        self.class_embedding = _free(1, width, width=width)
-        self.positional_embedding = _free(patches + 1, width, width=width)
-        self.latent_token_positional_embedding = _free(latent_tokens, width, width=width)
+        self.class_embedding = free_parameter(1, width, width=width)
+        self.positional_embedding = free_parameter(patches + 1, width, width=width)
+        self.latent_token_positional_embedding = free_parameter(latent_tokens, width, width=width)
         self.ln_pre = nn.LayerNorm(width)
         self.transformer = nn.ModuleList(ViTBlock(width, heads=heads) for _ in range(depth))
         self.ln_post = nn.LayerNorm(width)
@@ -132,6 +133,8 @@ class TiTokDecoder(nn.Module):
         latent_tokens: L.
         token_size: D.
         proxy_codes: V, or None to predict pixels.
+        text_length: T, vectors of text that the decoder looks at (TA-TiTok); 0 for none.
+        text_width: Width of those.
     """
 
     def __init__(
@@ -145,15 +148,20 @@ class TiTokDecoder(nn.Module):
         latent_tokens: int,
         token_size: int,
         proxy_codes: int | None,
+        text_length: int = 0,
+        text_width: int = 0,
     ) -> None:
         super().__init__()
         self.grid = image_size // patch_size
         self.patch_size = patch_size
         self.decoder_embed = nn.Linear(token_size, width)
-        self.class_embedding = _free(1, width, width=width)
-        self.positional_embedding = _free(self.grid**2 + 1, width, width=width)
-        self.mask_token = _free(1, 1, width, width=width)
-        self.latent_token_positional_embedding = _free(latent_tokens, width, width=width)
+        self.class_embedding = free_parameter(1, width, width=width)
+        self.positional_embedding = free_parameter(self.grid**2 + 1, width, width=width)
+        self.mask_token = free_parameter(1, 1, width, width=width)
+        self.latent_token_positional_embedding = free_parameter(latent_tokens, width, width=width)
+        if text_length:
+            self.text_guidance_proj = nn.Linear(text_width, width)
+            self.text_guidance_positional_embedding = free_parameter(text_length, width, width=width)
         self.ln_pre = nn.LayerNorm(width)
         self.transformer = nn.ModuleList(ViTBlock(width, heads=heads) for _ in range(depth))
         self.ln_post = nn.LayerNorm(width)
@@ -163,13 +171,17 @@ class TiTokDecoder(nn.Module):
         else:
             self.ffn = nn.Sequential(nn.Conv2d(width, 2 * width, 1), nn.Tanh(), nn.Conv2d(2 * width, proxy_codes, 1))
 
-    def forward(self, z: Tensor) -> Tensor:
-        """Logits (B, V, h, w), or images (B, 3, H, W), of latents (B, L, D)."""
+    def forward(self, z: Tensor, text: Tensor | None = None) -> Tensor:
+        """Logits (B, V, h, w), or images (B, 3, H, W), of latents (B, L, D) and text (B, T, text_width)."""
         batch, patches = z.shape[0], self.grid**2
         masks = self.mask_token.expand(batch, patches, -1)
         x = torch.cat([self.class_embedding.expand(batch, 1, -1), masks], dim=1) + self.positional_embedding
         latents = self.decoder_embed(z) + self.latent_token_positional_embedding
-        x = self.ln_pre(torch.cat([x.to(latents.dtype), latents], dim=1))
+        parts = [x.to(latents.dtype), latents]
+        if text is not None:
+            told = self.text_guidance_proj(text.to(self.text_guidance_proj.weight.dtype))
+            parts.append((told + self.text_guidance_positional_embedding).to(latents.dtype))
+        x = self.ln_pre(torch.cat(parts, dim=1))
         for block in self.transformer:
             x = block(x)
         x = self.ln_post(x[:, 1 : 1 + patches])
@@ -243,9 +255,11 @@ class TiTok(ImageTokenizer):
         }
         self.image_size, self.num_codes, self.code_dim = image_size, codebook_size, token_size
         self.num_sites, self.use_l2_norm = num_latent_tokens, use_l2_norm
-        self.distance = "l2"
+        self.distance, self.is_legacy = "l2", is_legacy
         common = {"image_size": image_size, "latent_tokens": num_latent_tokens, "token_size": token_size}
-        self.latent_tokens = _free(num_latent_tokens, sizes["encoder"]["width"], width=sizes["encoder"]["width"])
+        self.latent_tokens = free_parameter(
+            num_latent_tokens, sizes["encoder"]["width"], width=sizes["encoder"]["width"]
+        )
         self.encoder = TiTokEncoder(**common, **sizes["encoder"], scrambles=is_legacy)
         self.decoder = TiTokDecoder(
             **common, **sizes["decoder"], proxy_codes=proxy_codebook_size if is_legacy else None
@@ -282,7 +296,7 @@ class TiTok(ImageTokenizer):
             ValueError: If the file is missing or of another family.
         """
         state = without_clash(read_checkpoint(source, key=key))
-        arguments = _sizes(state, encoder_heads=encoder_heads, decoder_heads=decoder_heads)
+        arguments = titok_sizes(state, encoder_heads=encoder_heads, decoder_heads=decoder_heads)
         if use_l2_norm is not None:
             arguments["use_l2_norm"] = use_l2_norm
         return build(cls, arguments, state, key=key, dtype=dtype)
@@ -325,7 +339,7 @@ class TiTok(ImageTokenizer):
 
     def proxy_logits(self, embeddings: Tensor) -> Tensor:
         """Two-stage models: logits over the codes of MaskGIT's VQGAN, (B, V, h, w), from code vectors (B, L, D)."""
-        if not self.config["is_legacy"]:
+        if not self.is_legacy:
             raise ValueError("tokenizer: expected a two-stage TiTok, got a single-stage one, which has no proxy codes")
         logits: Tensor = self.decoder(embeddings)
         return logits
@@ -336,7 +350,7 @@ class TiTok(ImageTokenizer):
         Raises:
             ValueError: If the model is of stage 1, which has no pixel decoder.
         """
-        if not self.config["is_legacy"]:
+        if not self.is_legacy:
             pixels: Tensor = self.decoder(embeddings)
             return pixels
         if self.config["pixel_decoder"] is None:
@@ -351,7 +365,7 @@ class TiTok(ImageTokenizer):
         return self.decode_raw(embeddings).clamp(0, 1)
 
 
-def _sizes(state: Mapping[str, Tensor], *, encoder_heads: int | None, decoder_heads: int | None) -> dict[str, Any]:
+def titok_sizes(state: Mapping[str, Tensor], *, encoder_heads: int | None, decoder_heads: int | None) -> dict[str, Any]:
     """The constructor's arguments that shapes tell; the defaults where the checkpoint is another family's."""
     needed = ("encoder.patch_embed.weight", "encoder.positional_embedding", "decoder.positional_embedding")
     if not all(name in state for name in (*needed, "quantizer.embedding.weight", "latent_tokens")):
@@ -368,16 +382,17 @@ def _sizes(state: Mapping[str, Tensor], *, encoder_heads: int | None, decoder_he
         "token_size": dim,
         "num_latent_tokens": state["latent_tokens"].shape[0],
         "use_l2_norm": two_stage,
-        "encoder": _vit_sizes(state, "encoder.", heads=encoder_heads, patch_size=patch),
-        "decoder": _vit_sizes(state, "decoder.", heads=decoder_heads, patch_size=image_size // decoder_grid),
+        "encoder": vit_sizes(state, "encoder.", heads=encoder_heads, patch_size=patch),
+        "decoder": vit_sizes(state, "decoder.", heads=decoder_heads, patch_size=image_size // decoder_grid),
         "is_legacy": two_stage,
         "pixel_decoder": pixels,
         "proxy_codebook_size": state["decoder.ffn.2.weight"].shape[0] if two_stage else 1024,
     }
 
 
-def _vit_sizes(state: Mapping[str, Tensor], prefix: str, *, heads: int | None, patch_size: int) -> dict[str, int]:
-    width = state[f"{prefix}positional_embedding"].shape[1]
+def vit_sizes(state: Mapping[str, Tensor], prefix: str, *, heads: int | None, patch_size: int) -> dict[str, int]:
+    """`width`, `depth`, `heads` and `patch_size` of the ViT whose tensors have this prefix; heads of 64 if None."""
+    width = state[f"{prefix}ln_pre.weight"].shape[0]
     depth = 0
     while f"{prefix}transformer.{depth}.ln_1.weight" in state:
         depth += 1

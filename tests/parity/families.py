@@ -13,11 +13,18 @@ _MODULES: dict[str, str] = {
     "pickscore_clip": "reward_models",
     "imagebert": "titok_generators",
     "uvitbert": "titok_generators",
+    "sftok": "sftok",
+    "softvq_model": "softvq",
+    "softvq_quantizer": "softvq",
     "maskgit": "maskgit",
     "maskgit_vqgan": "titok",
     "titok": "titok",
     "titok_direct": "titok",
     "maskbit": "maskbit",
+    "meissonic": "meissonic",
+    "maskgen_vq": "maskgen",
+    "tatitok": "maskgen",
+    "cliptext": "text_towers",
 }
 
 
