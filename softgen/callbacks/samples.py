@@ -30,7 +30,8 @@ class SampleGrid(Callback):
         if batch_idx != 0 or trainer.sanity_checking or not trainer.is_global_zero:
             return
         assert isinstance(pl_module, Stage)
-        images = pl_module.preview(batch)
+        with trainer.precision_plugin.forward_context():  # a callback stands outside of it
+            images = pl_module.preview(batch)
         if images is None:
             return
         save_grid(images, self.folder / f"step_{trainer.global_step:06d}.png", columns=self.columns)

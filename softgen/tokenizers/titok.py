@@ -176,7 +176,7 @@ class TiTokDecoder(nn.Module):
         batch, patches = z.shape[0], self.grid**2
         masks = self.mask_token.expand(batch, patches, -1)
         x = torch.cat([self.class_embedding.expand(batch, 1, -1), masks], dim=1) + self.positional_embedding
-        latents = self.decoder_embed(z) + self.latent_token_positional_embedding
+        latents = self.decoder_embed(z.to(self.decoder_embed.weight.dtype)) + self.latent_token_positional_embedding
         parts = [x.to(latents.dtype), latents]
         if text is not None:
             told = self.text_guidance_proj(text.to(self.text_guidance_proj.weight.dtype))

@@ -1,0 +1,357 @@
+"""SoftVQ-VAE (arXiv 2412.10958): a few latent tokens an image, each the mean of many codes.
+
+Shape legend: B batch, P patches, L latent tokens, W width, G groups, K codes, D latent dimension.
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from softgen.checkpoints import build, find_checkpoint, read_checkpoint, settings_beside
+from softgen.tokenizers.continuous import ContinuousTokenizer
+from softgen.tokenizers.parts import without_clash
+from softgen.tokenizers.soft_quantizer import SoftDistance, SoftQuantizer, Temperature
+
+_LARGE = {"width": 1024, "depth": 24, "heads": 16, "patch_size": 16}
+_SCALE_INIT = 1e-5
+# What a released file holds beyond the tokenizer: a loss's teacher and head, counts, and a part that nothing reads.
+_DROPPED = ("repa_model.", "projection.", "quantizer.codebook_used", "decoder.model.patch_embed.")
+
+
+class _Attention(nn.Module):
+    def __init__(self, width: int, *, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, width = x.shape
+        qkv = self.qkv(x).view(batch, length, 3, self.heads, width // self.heads)
+        attended = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4).unbind(0))
+        out: Tensor = self.proj(attended.transpose(1, 2).reshape(batch, length, width))
+        return out
+
+
+class _MLP(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.fc2(F.gelu(self.fc1(x)))
+        return out
+
+
+class _Scale(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((width,), _SCALE_INIT))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+class _Block(nn.Module):
+    def __init__(self, width: int, *, heads: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.attn = _Attention(width, heads=heads)
+        self.ls1 = _Scale(width)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = _MLP(width)
+        self.ls2 = _Scale(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.ls1(self.attn(self.norm1(x)))
+        x = x + self.ls2(self.mlp(self.norm2(x)))
+        return x
+
+
+class _PatchEmbed(nn.Module):
+    def __init__(self, width: int, *, patch_size: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(3, width, patch_size, stride=patch_size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        patches: Tensor = self.proj(images).flatten(2).transpose(1, 2)
+        return patches
+
+
+class ScaledViT(nn.Module):
+    """A ViT with a class token and scaled residual branches, under timm's names, as DINOv2 has it.
+
+    Args:
+        image_size: Pixels a side.
+        patch_size: Pixels a side of a patch.
+        width: W.
+        depth: Number of blocks.
+        heads: Attention heads; divides W.
+        embeds: Whether it embeds patches; a decoder is given mask tokens instead.
+    """
+
+    def __init__(
+        self, *, image_size: int, patch_size: int, width: int, depth: int, heads: int, embeds: bool = True
+    ) -> None:
+        super().__init__()
+        self.num_patches = (image_size // patch_size) ** 2
+        self.cls_token = nn.Parameter(torch.randn(1, 1, width) * 0.02)
+        self.pos_embed = nn.Parameter(torch.randn(1, self.num_patches + 1, width) * 0.02)
+        if embeds:
+            self.patch_embed = _PatchEmbed(width, patch_size=patch_size)
+        self.blocks = nn.ModuleList(_Block(width, heads=heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+
+    def forward(self, patches: Tensor, latents: Tensor | None = None) -> Tensor:
+        """States (B, 1 + P + L, W) of class token, embedded patches (B, P, W) and latents (B, L, W)."""
+        x = torch.cat([self.cls_token.expand(len(patches), -1, -1).to(patches.dtype), patches], dim=1) + self.pos_embed
+        if latents is not None:
+            x = torch.cat([x, latents.to(x.dtype)], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        states: Tensor = self.norm(x)
+        return states
+
+    def features(self, images: Tensor) -> Tensor:
+        """States of the patches (B, P, W) of images (B, 3, H, W) in the model's own range."""
+        states: Tensor = self(self.patch_embed(images))
+        return states[:, 1:]
+
+
+class _Encoder(nn.Module):
+    def __init__(
+        self, *, latent_tokens: int, image_size: int, patch_size: int, width: int, depth: int, heads: int
+    ) -> None:
+        super().__init__()
+        self.model = ScaledViT(image_size=image_size, patch_size=patch_size, width=width, depth=depth, heads=heads)
+        self.latent_tokens = nn.Parameter(torch.randn(1, latent_tokens, width) * 0.02)
+        self.latent_pos_embed = nn.Parameter(torch.randn(1, latent_tokens, width) * 0.02)
+
+    def forward(self, images: Tensor) -> Tensor:
+        latents = (self.latent_tokens + self.latent_pos_embed).expand(len(images), -1, -1)
+        states: Tensor = self.model(self.model.patch_embed(images), latents)
+        return states[:, -latents.shape[1] :]
+
+
+class _Pixels(nn.Module):
+    """Patches to an image; the channels of a patch are ordered (row, column, colour)."""
+
+    def __init__(self, width: int, *, patch_size: int, grid: int) -> None:
+        super().__init__()
+        self.patch_size, self.grid = patch_size, grid
+        self.model = nn.Linear(width, 3 * patch_size**2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pixels = self.model(x).view(len(x), self.grid, self.grid, self.patch_size, self.patch_size, 3)
+        side = self.grid * self.patch_size
+        images: Tensor = pixels.permute(0, 5, 1, 3, 2, 4).reshape(len(x), 3, side, side)
+        return images
+
+
+class _Decoder(nn.Module):
+    def __init__(
+        self, *, latent_tokens: int, image_size: int, patch_size: int, width: int, depth: int, heads: int
+    ) -> None:
+        super().__init__()
+        self.model = ScaledViT(
+            image_size=image_size, patch_size=patch_size, width=width, depth=depth, heads=heads, embeds=False
+        )
+        self.mask_token = nn.Parameter(torch.randn(1, 1, width) * 0.02)
+        self.latent_pos_embed = nn.Parameter(torch.randn(1, latent_tokens, width) * 0.02)
+        self.to_pixel = _Pixels(width, patch_size=patch_size, grid=image_size // patch_size)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        masks = self.mask_token.expand(len(latents), self.model.num_patches, -1)
+        states = self.model(masks, latents + self.latent_pos_embed)
+        pixels: Tensor = self.to_pixel(states[:, 1 : 1 + self.model.num_patches])
+        return pixels
+
+
+class SoftVQ(ContinuousTokenizer):
+    """SoftVQ-VAE. The defaults are those of the released L-64, with the paper's variants as options.
+
+    Args:
+        image_size: Pixels a side; a multiple of both patch sizes.
+        num_latents: L; a multiple of `groups`.
+        codebook_size: K, of every codebook.
+        latent_dim: D.
+        encoder: `width`, `depth`, `heads` and `patch_size` of the encoder.
+        decoder: The same of the decoder.
+        groups: G, runs of tokens with a codebook each.
+        levels: Of residual quantisation; see `SoftQuantizer`, as for the three that follow.
+        distance: `cosine` as released, `l2` as in the paper, or `dot`.
+        tau: Above 0.
+        temperature: `fixed`, `learnable` or `predicted` (GMMVQ).
+        latent_mean: See `ContinuousTokenizer`.
+        latent_std: See `ContinuousTokenizer`; above 0.
+
+    Raises:
+        ValueError: If sizes do not fit each other, or an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: int = 256,
+        num_latents: int = 64,
+        codebook_size: int = 8192,
+        latent_dim: int = 32,
+        encoder: Mapping[str, int] | None = None,
+        decoder: Mapping[str, int] | None = None,
+        groups: int = 4,
+        levels: int = 1,
+        distance: SoftDistance = "cosine",
+        tau: float = 0.07,
+        temperature: Temperature = "fixed",
+        latent_mean: float = 0.0,
+        latent_std: float = 1.0,
+    ) -> None:
+        super().__init__()
+        sizes = {"encoder": {**_LARGE, **(encoder or {})}, "decoder": {**_LARGE, **(decoder or {})}}
+        for part, values in sizes.items():
+            if values["width"] % values["heads"]:
+                raise ValueError(
+                    f"tokenizer.{part}.heads: expected a divisor of {values['width']}, got {values['heads']}"
+                )
+            if image_size % values["patch_size"]:
+                raise ValueError(
+                    f"tokenizer.image_size: expected a multiple of the {part}'s patch, {values['patch_size']}, got "
+                    f"{image_size}"
+                )
+        if groups < 1 or num_latents % groups:
+            raise ValueError(f"tokenizer.groups: expected a divisor of the {num_latents} tokens, got {groups}")
+        if not 0 < latent_std < math.inf:
+            raise ValueError(f"tokenizer.latent_std: expected a finite number above 0, got {latent_std}")
+        self.config = {
+            "image_size": image_size,
+            "num_latents": num_latents,
+            "codebook_size": codebook_size,
+            "latent_dim": latent_dim,
+            **sizes,
+            "groups": groups,
+            "levels": levels,
+            "distance": distance,
+            "tau": tau,
+            "temperature": temperature,
+            "latent_mean": latent_mean,
+            "latent_std": latent_std,
+        }
+        self.image_size, self.num_latents, self.latent_dim = image_size, num_latents, latent_dim
+        self.latent_mean, self.latent_std = latent_mean, latent_std
+        self.encoder = _Encoder(latent_tokens=num_latents, image_size=image_size, **sizes["encoder"])
+        self.decoder = _Decoder(latent_tokens=num_latents, image_size=image_size, **sizes["decoder"])
+        self.quant_conv = nn.Linear(sizes["encoder"]["width"], latent_dim)
+        self.post_quant_conv = nn.Linear(latent_dim, sizes["decoder"]["width"])
+        self.quantizer = SoftQuantizer(
+            num_codes=codebook_size,
+            code_dim=latent_dim,
+            groups=groups,
+            levels=levels,
+            distance=distance,
+            tau=tau,
+            temperature=temperature,
+        )
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        source: str | Path,
+        *,
+        key: str = "tokenizer",
+        encoder_heads: int | None = None,
+        decoder_heads: int | None = None,
+        distance: SoftDistance | None = None,
+        tau: float | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> "SoftVQ":
+        """Open a released checkpoint of any size.
+
+        Args:
+            source: A file, or a folder or hub id that holds `model.safetensors`.
+            key: The config key that named it, for error messages.
+            encoder_heads: Shapes do not tell them; by default the released 64 channels a head.
+            decoder_heads: As `encoder_heads`.
+            distance: By default what config.json beside the checkpoint says of `codebook_l2_norm`, else `cosine`.
+            tau: By default what config.json says, else 0.07.
+            dtype: Of the weights; None keeps the checkpoint's.
+
+        Raises:
+            ValueError: If the file is missing or of another family.
+        """
+        path = find_checkpoint(source, key=key)
+        state = without_clash(read_checkpoint(path, key=key))
+        told = settings_beside(path)
+        arguments = _sizes(state, encoder_heads=encoder_heads, decoder_heads=decoder_heads)
+        _check_settings(told, arguments, key=key)
+        arguments |= {
+            "distance": distance or ("cosine" if told.get("codebook_l2_norm", True) else "dot"),
+            "tau": told.get("tau", 0.07) if tau is None else tau,
+            "latent_mean": told.get("vq_mean", 0.0),
+            "latent_std": told.get("vq_std", 1.0),
+        }
+        return build(cls, arguments, state, key=key, dropped=_DROPPED, dtype=dtype)
+
+    def raw_latents(self, images: Tensor) -> Tensor:
+        """Encoder outputs (B, L, D) before they are quantised."""
+        self.check_images(images)
+        latents: Tensor = self.quant_conv(self.encoder(2 * images - 1))
+        return latents
+
+    def encode(self, images: Tensor) -> Tensor:
+        """See the base class: expected codes."""
+        latents: Tensor = self.quantizer(self.raw_latents(images))
+        return latents
+
+    def decode_raw(self, latents: Tensor) -> Tensor:
+        """See the base class."""
+        self.check_latents(latents)
+        pixels: Tensor = self.decoder(self.post_quant_conv(latents.to(self.post_quant_conv.weight.dtype)))
+        return (pixels + 1) / 2
+
+
+def _check_settings(told: Mapping[str, Any], arguments: Mapping[str, Any], *, key: str) -> None:
+    """Refuse a config.json that is not the checkpoint's, or that names what no tensor shows and we do not have."""
+    names = {"codebook_size": "codebook_size", "latent_dim": "codebook_embed_dim", "groups": "num_codebooks"}
+    for ours, theirs in names.items():
+        if ours in arguments and told.get(theirs, arguments[ours]) != arguments[ours]:
+            raise ValueError(f"{key}: expected {theirs} {told[theirs]} as config.json says, got {arguments[ours]}")
+    for name, value in told.items():
+        if name.endswith("use_rope") and value is True:
+            raise ValueError(f"{key}: expected learned positions as in every released SoftVQ-VAE, got {name}")
+
+
+def _sizes(state: Mapping[str, Tensor], *, encoder_heads: int | None, decoder_heads: int | None) -> dict[str, Any]:
+    """The constructor's arguments that shapes tell; the defaults where the checkpoint is another family's."""
+    before = ("encoder.model.pos_embed", "encoder.model.patch_embed.proj.weight", "encoder.latent_pos_embed")
+    after = ("decoder.model.pos_embed", "decoder.to_pixel.model.weight", "quantizer.embedding")
+    if not all(name in state for name in (*before, *after)):
+        return {}
+    patch = state["encoder.model.patch_embed.proj.weight"].shape[-1]
+    groups, codes, dim = state["quantizer.embedding"].shape
+    return {
+        "image_size": patch * math.isqrt(state["encoder.model.pos_embed"].shape[1] - 1),
+        "num_latents": state["encoder.latent_pos_embed"].shape[1],
+        "codebook_size": codes,
+        "latent_dim": dim,
+        "groups": groups,
+        "encoder": _vit_sizes(state, "encoder.model.", heads=encoder_heads, patch_size=patch),
+        "decoder": _vit_sizes(
+            state,
+            "decoder.model.",
+            heads=decoder_heads,
+            patch_size=math.isqrt(state["decoder.to_pixel.model.weight"].shape[0] // 3),
+        ),
+    }
+
+
+def _vit_sizes(state: Mapping[str, Tensor], prefix: str, *, heads: int | None, patch_size: int) -> dict[str, int]:
+    width, depth = state[f"{prefix}pos_embed"].shape[2], 0
+    while f"{prefix}blocks.{depth}.norm1.weight" in state:
+        depth += 1
+    return {"width": width, "depth": depth, "heads": heads or max(1, width // 64), "patch_size": patch_size}

@@ -1,0 +1,222 @@
+"""SFTok's training (arXiv 2512.16910): warm-up, distribution alignment, fine-tuning."""
+
+from collections.abc import Iterator
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from softgen.data.base import Batch, ImageDataModule
+from softgen.data.token_cache import TokenCache
+from softgen.loading import load_tokenizer
+from softgen.pretrained import Pretrained
+from softgen.tokenizers.base import ImageTokenizer
+from softgen.tokenizers.maskgit_vqgan import MaskGITVQGAN
+from softgen.tokenizers.optvq import straight_through
+from softgen.tokenizers.sftok import SFTok
+from softgen.tokenizers.sftok_decoder import MaskSchedule, SelfForced, check_self_forcing, proxy_loss, self_forced_input
+from softgen.training.optimization import OptimizerConfig
+from softgen.training.stage import Stage, check_image_size
+
+Phase = Literal["warm_up", "alignment", "fine_tuning"]
+
+
+class SFTokTraining(Stage):
+    """One of the three stages; each starts from the product of the one before.
+
+    `warm_up`: every proxy masked; the decoder learns the teacher's proxies in one step. `alignment`: some proxies are
+    shown, of which a share `replace_prob` is the model's own first prediction and the rest the teacher's; it learns the
+    teacher's. `fine_tuning`: those shown are all the model's own, and decoder and pixel decoder learn the images, with
+    the others frozen. The published fine-tuning adds a perceptual and an adversarial loss to this squared error.
+
+    Args:
+        tokenizer: An SFTok, or the folder or hub id of one.
+        teacher: Folder or hub id of the tokenizer whose codes the proxies are, one a patch, or that tokenizer:
+            MaskGIT's VQGAN. Its weights stay as they are. Fine-tuning needs it where the tokenizer has no pixel decoder
+            yet, to start from its.
+        phase: The stage.
+        optimizer: Settings of what is trained.
+        replace_prob: Of `alignment`, in [0, 1]; 1 in the paper, 0 for its baseline, which shows the teacher's proxies.
+        mask_schedule: See `self_forced_input`.
+        mask_power: Of the schedule.
+        min_ratio: Least share of proxies masked.
+        max_ratio: Largest share.
+        quantizer_weight: Of the quantiser's loss, at least 0.
+        commitment_weight: Within it, at least 0.
+        seed: Seed of all randomness in training.
+    """
+
+    def __init__(
+        self,
+        *,
+        tokenizer: str | SFTok,
+        teacher: str | ImageTokenizer | None = None,
+        phase: Phase = "warm_up",
+        optimizer: OptimizerConfig = OptimizerConfig(  # noqa: B008 - frozen
+            lr=1e-4, betas=(0.9, 0.99), weight_decay=1e-4
+        ),
+        replace_prob: float = 1.0,
+        mask_schedule: MaskSchedule = "arccos",
+        mask_power: float = 1.0,
+        min_ratio: float = 0.0,
+        max_ratio: float = 1.0,
+        quantizer_weight: float = 1.0,
+        commitment_weight: float = 0.25,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(optimizer=optimizer, seed=seed)
+        if phase not in get_args(Phase):
+            raise ValueError(f"model.phase: expected one of {', '.join(get_args(Phase))}, got {phase!r}")
+        check_self_forcing(
+            replace_prob=replace_prob, schedule=mask_schedule, min_ratio=min_ratio, max_ratio=max_ratio, key="model."
+        )
+        for name, value in (("quantizer_weight", quantizer_weight), ("commitment_weight", commitment_weight)):
+            if not value >= 0:
+                raise ValueError(f"model.{name}: expected a number of at least 0, got {value}")
+        opened = load_tokenizer(tokenizer, key="model.tokenizer") if isinstance(tokenizer, str) else tokenizer
+        if not isinstance(opened, SFTok):
+            raise ValueError(f"model.tokenizer: expected an SFTok, got a {type(opened).__name__}")
+        if isinstance(teacher, str):
+            teacher = load_tokenizer(teacher, key="model.teacher")
+        if teacher is not None:
+            _check_teacher(opened, teacher)
+            self.hold_frozen("teacher", teacher)
+        elif phase != "fine_tuning":
+            raise ValueError(f"model.teacher: expected the tokenizer of the proxy codes for {phase}, got none")
+        if phase == "fine_tuning" and opened.config["pixel_decoder"] is None:
+            if not isinstance(teacher, MaskGITVQGAN):
+                raise ValueError(
+                    "model.teacher: expected a MaskGITVQGAN to take the pixel decoder from, got "
+                    f"{'none' if teacher is None else f'a {type(teacher).__name__}'}"
+                )
+            opened = opened.with_pixels(teacher)
+        self.tokenizer, self.phase = opened, phase
+        self.replace_prob, self.mask_schedule, self.mask_power = replace_prob, mask_schedule, mask_power
+        self.min_ratio, self.max_ratio = min_ratio, max_ratio
+        self.quantizer_weight, self.commitment_weight = quantizer_weight, commitment_weight
+        opened.requires_grad_(requires_grad=False)
+        for parameter in self._trained():
+            parameter.requires_grad = True
+
+    def _trained(self) -> Iterator[nn.Parameter]:
+        tokenizer = self.tokenizer
+        parts: list[nn.Module] = [tokenizer.encoder, tokenizer.quantizer, tokenizer.decoder]
+        if self.phase == "fine_tuning":
+            parts = [tokenizer.decoder, tokenizer.pixel_quantize, tokenizer.pixel_decoder]
+        else:
+            yield tokenizer.latent_tokens
+        for part in parts:
+            yield from part.parameters()
+
+    @property
+    def teacher(self) -> ImageTokenizer | None:
+        """The frozen tokenizer of the proxy codes."""
+        teacher = self.frozen("teacher")
+        assert teacher is None or isinstance(teacher, ImageTokenizer)
+        return teacher
+
+    @property
+    def product(self) -> Pretrained:
+        """The tokenizer."""
+        return self.tokenizer
+
+    def check_data(self, data: ImageDataModule) -> None:
+        """Images must have the tokenizer's size."""
+        if not data.has_images or isinstance(data, TokenCache):
+            raise ValueError(f"data: expected images, got {type(data).__name__}")
+        check_image_size(data, self.tokenizer)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Quantise, build the decoder's input, predict proxies or pixels."""
+        images, tokenizer = batch["image"], self.tokenizer
+        if self.phase == "fine_tuning":
+            with torch.no_grad():
+                latents = tokenizer.latents(images)
+                tokens = tokenizer.assign(latents, transport=tokenizer.assignment == "published")
+                codes = tokenizer.codebook[tokens]
+            given = self._input(batch, codes, truth=None)
+            pixels = tokenizer.pixels(tokenizer.decoder.proxy_logits(given.tokens, codes))
+            return self.report(batch, {"mse": F.mse_loss(pixels, images)}, {})
+        truth = self._truth(images)
+        latents = tokenizer.latents(images)
+        codes = tokenizer.codebook[tokenizer.assign(latents.detach(), transport=True)]
+        assigned = straight_through(latents, codes, commitment=self.commitment_weight)
+        if self.phase == "warm_up":
+            logits = tokenizer.decoder.proxy_logits(self._all_masked(truth), assigned.embeddings)
+            losses = {"proxies": proxy_loss(logits, truth)}
+        else:
+            given = self._input(batch, assigned.embeddings.detach(), truth=truth)
+            logits = tokenizer.decoder.proxy_logits(given.tokens, assigned.embeddings)
+            losses = {"proxies": proxy_loss(logits, truth, given.masked)}
+        losses["quantizer"] = self.quantizer_weight * assigned.loss
+        return self.report(batch, losses, {"accuracy": (logits.argmax(dim=-1) == truth).float().mean()})
+
+    def _input(self, batch: Batch, codes: Tensor, *, truth: Tensor | None) -> SelfForced:
+        decoder = self.tokenizer.decoder
+        hidden = torch.full((len(codes), decoder.num_proxies), decoder.mask_id, device=codes.device)
+        with torch.no_grad():
+            guided = decoder.proxy_logits(hidden, codes).argmax(dim=-1)
+        return self_forced_input(
+            guided,
+            self.noise(batch, "proxies"),
+            mask_id=decoder.mask_id,
+            truth=truth,
+            replace_prob=self.replace_prob,
+            schedule=self.mask_schedule,
+            power=self.mask_power,
+            min_ratio=self.min_ratio,
+            max_ratio=self.max_ratio,
+        )
+
+    def _all_masked(self, truth: Tensor) -> Tensor:
+        return torch.full_like(truth, self.tokenizer.decoder.mask_id)
+
+    @torch.no_grad()
+    def _truth(self, images: Tensor) -> Tensor:
+        assert self.teacher is not None
+        return self.teacher.encode(images)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Held-out error of the reconstructions, and how many proxies are the teacher's after one step and after all.
+
+        Codes are the nearest, or by transport over the batch where the tokenizer was built with `eval: published`.
+        """
+        images, tokenizer = batch["image"], self.tokenizer
+        count = len(batch["ordinal"])
+        codes = self._codes(images)
+        if self.teacher is not None:
+            truth = self._truth(images)
+            for name, steps in (("first", 1), ("last", tokenizer.steps)):
+                refined = tokenizer.refine(codes, steps=steps).tokens
+                accuracy = (refined == truth).float().mean()
+                self.log(f"val/{name}_step_accuracy", accuracy, batch_size=count, sync_dist=True)
+        self.log("val/mse", F.mse_loss(self._decode(codes), images), batch_size=count, sync_dist=True)
+
+    @torch.no_grad()
+    def preview(self, batch: Batch) -> Tensor:
+        """Images and, below each row, their reconstructions."""
+        images = batch["image"][:16]
+        return torch.cat([images, self._decode(self._codes(images))])
+
+    def _codes(self, images: Tensor) -> Tensor:
+        tokenizer = self.tokenizer
+        tokens = tokenizer.assign(tokenizer.latents(images), transport=tokenizer.assignment == "published")
+        return tokenizer.codebook[tokens]
+
+    def _decode(self, codes: Tensor) -> Tensor:
+        """Images by the pixel decoder; before there is one, by the teacher from the proxies."""
+        if self.tokenizer.config["pixel_decoder"] is not None:
+            return self.tokenizer.decode_embeddings(codes)
+        assert self.teacher is not None
+        return self.teacher.decode(self.tokenizer.refine(codes).tokens)
+
+
+def _check_teacher(tokenizer: SFTok, teacher: ImageTokenizer) -> None:
+    decoder = tokenizer.decoder
+    expected = {"num_codes": decoder.num_codes, "num_sites": decoder.num_proxies, "image_size": tokenizer.image_size}
+    for name, value in expected.items():
+        if getattr(teacher, name) != value:
+            raise ValueError(
+                f"model.teacher.{name}: expected {value} as the tokenizer's proxies have, got {getattr(teacher, name)}"
+            )
