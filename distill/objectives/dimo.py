@@ -32,6 +32,7 @@ class DiMO(Objective):
         beta: Generalised Jeffreys: 0 forward KL, 1 reverse KL, -0.2 in a published recipe.
         guidance: Scale of the teacher's classifier-free guidance; 1 is off.
         mask_law: Of the re-mask ratio.
+        mask_range: Least and largest re-mask ratio, in [0, 1]; what the law draws outside is moved to the nearer one.
         teacher_temperature: Divides the teacher's logits, above 0.
         auxiliary_temperature: Divides the auxiliary's logits in the divergence, above 0.
         reduction: `sum` over masked sites, then the mean over the batch (published); `mean` over both.
@@ -52,6 +53,7 @@ class DiMO(Objective):
         beta: float = 0.0,
         guidance: float = 2.0,
         mask_law: MaskLaw = "arccos",
+        mask_range: tuple[float, float] = (0.0, 1.0),
         teacher_temperature: float = 1.0,
         auxiliary_temperature: float = 1.0,
         reduction: Literal["sum", "mean"] = "sum",
@@ -78,6 +80,8 @@ class DiMO(Objective):
         if reduction not in ("sum", "mean"):
             raise ValueError(f"DiMO.reduction: expected sum or mean, got {reduction!r}")
         draw_mask_ratio(mask_law, torch.zeros(1), key="DiMO.mask_law")
+        if not 0 <= mask_range[0] <= mask_range[1] <= 1:
+            raise ValueError(f"DiMO.mask_range: expected 0 <= least <= largest <= 1, got {list(mask_range)}")
         if critic_only_steps < 0:
             raise ValueError(f"DiMO.critic_only_steps: expected at least 0, got {critic_only_steps}")
         if auxiliary_optimizer is not None:
@@ -85,6 +89,7 @@ class DiMO(Objective):
         self.beta = beta
         self.guidance = guidance
         self.mask_law = mask_law
+        self.mask_range = mask_range
         self.teacher_temperature = teacher_temperature
         self.auxiliary_temperature = auxiliary_temperature
         self.reduction = reduction
@@ -139,7 +144,8 @@ class DiMO(Objective):
     def _remask(self, state: DistillState) -> Tensor:
         noise = state.noise(self.name)
         sites = state.teacher.num_sites
-        counts = mask_counts(draw_mask_ratio(self.mask_law, noise.uniform()), sites)
+        ratio = draw_mask_ratio(self.mask_law, noise.uniform()).clamp(*self.mask_range)
+        counts = mask_counts(ratio, sites)
         return exact_mask(counts, noise.uniform(sites))
 
     def _site_weights(self, mask: Tensor) -> Tensor:

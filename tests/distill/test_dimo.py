@@ -308,3 +308,18 @@ def test_two_objectives_of_one_name_are_refused() -> None:
     message = r"^model.objectives: expected objectives of different names, got dimo, dimo$"
     with pytest.raises(ValueError, match=message):
         SoftDiMO(teacher=transformer(), objectives=[DiMO(), DiMO(beta=1.0)])
+
+
+def test_the_re_mask_ratio_stays_in_its_range() -> None:
+    part = case(mask_range=(0.5, 0.75))
+    sites = part.state.teacher.num_sites
+    counts = [int(count) for count in part.objective._remask(part.state).sum(dim=1)]
+    assert all(0.5 * sites <= count <= 0.75 * sites for count in counts)
+    free = case()
+    assert any(not 0.5 * sites <= int(count) <= 0.75 * sites for count in free.objective._remask(free.state).sum(dim=1))
+
+
+@pytest.mark.parametrize("mask_range", [(-0.1, 1.0), (0.5, 0.4), (0.0, 1.1)])
+def test_a_re_mask_range_that_is_none(mask_range: tuple[float, float]) -> None:
+    with pytest.raises(ValueError, match=r"^DiMO.mask_range: expected 0 <= least <= largest <= 1, got "):
+        DiMO(mask_range=mask_range)
