@@ -46,6 +46,7 @@ class SoftQuantizer(nn.Module):
         tau: Above 0; 0.07 in the paper.
         temperature: `fixed`: tau. `learnable`: one parameter, from tau on. `predicted`: 1 / tau becomes w(z) > 0, a
             function of the latent (GMMVQ, eq. 11), which starts at 1 / tau everywhere.
+        key: The config key of these arguments, for error messages.
 
     Attributes:
         embedding: The codebooks (R G, K, D), those of the first level first.
@@ -64,22 +65,21 @@ class SoftQuantizer(nn.Module):
         distance: SoftDistance = "l2",
         tau: float = 0.07,
         temperature: Temperature = "fixed",
+        key: str = "quantizer",
     ) -> None:
         super().__init__()
         for name, value in (("num_codes", num_codes), ("code_dim", code_dim), ("groups", groups), ("levels", levels)):
             if value < 1:
-                raise ValueError(f"quantizer.{name}: expected at least 1, got {value}")
+                raise ValueError(f"{key}.{name}: expected at least 1, got {value}")
         if distance not in get_args(SoftDistance):
-            raise ValueError(
-                f"quantizer.distance: expected one of {', '.join(get_args(SoftDistance))}, got {distance!r}"
-            )
+            raise ValueError(f"{key}.distance: expected one of {', '.join(get_args(SoftDistance))}, got {distance!r}")
         if temperature not in get_args(Temperature):
             expected = ", ".join(get_args(Temperature))
-            raise ValueError(f"quantizer.temperature: expected one of {expected}, got {temperature!r}")
+            raise ValueError(f"{key}.temperature: expected one of {expected}, got {temperature!r}")
         if not 0 < tau < math.inf:
-            raise ValueError(f"quantizer.tau: expected a finite number above 0, got {tau}")
+            raise ValueError(f"{key}.tau: expected a finite number above 0, got {tau}")
         if levels > 1 and distance != "l2":
-            raise ValueError(f"quantizer.levels: expected 1 unless distance is l2, got {levels} with {distance}")
+            raise ValueError(f"{key}.levels: expected 1 unless distance is l2, got {levels} with {distance}")
         self.num_codes, self.code_dim, self.groups, self.levels = num_codes, code_dim, groups, levels
         self.distance: SoftDistance = distance
         self.tau, self.temperature = tau, temperature

@@ -226,6 +226,9 @@ class SoftVQ(ContinuousTokenizer):
                 )
         if groups < 1 or num_latents % groups:
             raise ValueError(f"tokenizer.groups: expected a divisor of the {num_latents} tokens, got {groups}")
+        for name, count in (("codebook_size", codebook_size), ("latent_dim", latent_dim)):
+            if count < 1:
+                raise ValueError(f"tokenizer.{name}: expected at least 1, got {count}")
         if not 0 < latent_std < math.inf:
             raise ValueError(f"tokenizer.latent_std: expected a finite number above 0, got {latent_std}")
         self.config = {
@@ -256,6 +259,7 @@ class SoftVQ(ContinuousTokenizer):
             distance=distance,
             tau=tau,
             temperature=temperature,
+            key="tokenizer",
         )
 
     @classmethod

@@ -221,7 +221,7 @@ def test_a_released_checkpoint_is_opened_and_converted(tmp_path: Path) -> None:
     [
         ({"codebook_size": 16}, "tokenizer: expected codebook_size 16 as config.json says, got 9"),
         ({"num_codebooks": 4}, "tokenizer: expected num_codebooks 4 as config.json says, got 2"),
-        ({"tau": 0}, "quantizer.tau: expected a finite number above 0, got 0"),
+        ({"tau": 0}, "tokenizer.tau: expected a finite number above 0, got 0"),
         (
             {"enc_use_rope": True},
             "tokenizer: expected learned positions as in every released SoftVQ-VAE, got enc_use_rope",
@@ -252,12 +252,12 @@ def test_the_variants_are_saved_and_opened(options: dict[str, Any], tmp_path: Pa
         ({"encoder": {**VIT, "heads": 3}}, "tokenizer.encoder.heads: expected a divisor of 16, got 3"),
         ({"groups": 4}, "tokenizer.groups: expected a divisor of the 6 tokens, got 4"),
         ({"latent_std": 0.0}, "tokenizer.latent_std: expected a finite number above 0, got 0.0"),
-        ({"tau": 0.0}, "quantizer.tau: expected a finite number above 0, got 0.0"),
-        ({"tau": -0.1}, "quantizer.tau: expected a finite number above 0, got -0.1"),
-        ({"codebook_size": 0}, "quantizer.num_codes: expected at least 1, got 0"),
-        ({"levels": 2}, "quantizer.levels: expected 1 unless distance is l2, got 2 with cosine"),
-        ({"distance": "l1"}, "quantizer.distance: expected one of l2, cosine, dot, got 'l1'"),
-        ({"temperature": "cold"}, "quantizer.temperature: expected one of fixed, learnable, predicted, got 'cold'"),
+        ({"tau": 0.0}, "tokenizer.tau: expected a finite number above 0, got 0.0"),
+        ({"tau": -0.1}, "tokenizer.tau: expected a finite number above 0, got -0.1"),
+        ({"codebook_size": 0}, "tokenizer.codebook_size: expected at least 1, got 0"),
+        ({"levels": 2}, "tokenizer.levels: expected 1 unless distance is l2, got 2 with cosine"),
+        ({"distance": "l1"}, "tokenizer.distance: expected one of l2, cosine, dot, got 'l1'"),
+        ({"temperature": "cold"}, "tokenizer.temperature: expected one of fixed, learnable, predicted, got 'cold'"),
     ],
 )
 def test_arguments_that_do_not_fit(changes: dict[str, Any], message: str) -> None:
