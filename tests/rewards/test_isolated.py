@@ -143,10 +143,21 @@ def test_second_derivatives_are_refused(python: Path) -> None:
     reward.close()
 
 
+def assert_shared_memory_has_no_name(process: int) -> None:
+    """Then it is gone with the last process that holds it, however that ends. Said by /proc, where there is one."""
+    folder = Path(f"/proc/{process}/fd")
+    if not folder.is_dir() or not Path("/dev/shm").is_dir():
+        pytest.skip("needs /proc and /dev/shm")
+    shared = [name for name in map(os.readlink, folder.iterdir()) if name.startswith("/dev/shm/")]
+    assert shared
+    assert all(name.endswith(" (deleted)") for name in shared)
+
+
 def test_a_killed_worker_is_started_once_more(python: Path) -> None:
     reward = Isolated("their_rewards.Curved", python=python)
     images, first = torch.rand(1, 3, 2, 2), worker_id(reward)
     before = reward(images, ["a"])
+    assert_shared_memory_has_no_name(first)
     os.kill(first, signal.SIGKILL)
     assert torch.equal(reward(images, ["a"]), before)
     assert worker_id(reward) != first
@@ -197,6 +208,8 @@ def test_the_worker_ends_with_a_killed_parent(python: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment) as parent:
         assert parent.stdout is not None
         process = int(parent.stdout.readline())
+        for one in (process, parent.pid):
+            assert_shared_memory_has_no_name(one)
         parent.kill()
     assert gone(process)
 
