@@ -62,7 +62,7 @@ class PretrainedTextEncoder(TextEncoder):
             raise ValueError(f"text_encoder.library: expected transformers or open_clip, got {library!r}")
         if layer >= 0:
             raise ValueError(f"text_encoder.layer: expected a number below 0, counted from the end, got {layer}")
-        self._tower: _Tower | None = None
+        self._shelf: dict[str, _Tower] = {}  # one for all copies, whichever opens the tower
         self._placed: list[Callable[[Tensor], Tensor]] = []
         if subfolder and library != "transformers":
             raise ValueError(f"text_encoder.subfolder: expected none with {library}, got {subfolder!r}")
@@ -113,29 +113,29 @@ class PretrainedTextEncoder(TextEncoder):
         return PromptProblems(truncated=self._open().count_long(list(prompts), length=self.length))
 
     def _open(self) -> "_Tower":
-        if self._tower is None:
+        if "tower" not in self._shelf:
             quick = self._force_quick_gelu
             with torch.device("cpu"):  # also while a model is being built without memory
                 if self._library == "transformers":
-                    self._tower = _open_transformers(self._source, self._subfolder, quick_gelu=quick)
+                    self._shelf["tower"] = _open_transformers(self._source, self._subfolder, quick_gelu=quick)
                 else:
-                    self._tower = _open_open_clip(self._source, quick_gelu=quick)
-            self._tower.model.requires_grad_(requires_grad=False).eval()
+                    self._shelf["tower"] = _open_open_clip(self._source, quick_gelu=quick)
+            self._shelf["tower"].model.requires_grad_(requires_grad=False).eval()
             for move in self._placed:
-                self._tower.model._apply(move)  # type: ignore[no-untyped-call]
-        return self._tower
+                self._shelf["tower"].model._apply(move)  # type: ignore[no-untyped-call]
+        return self._shelf["tower"]
 
     def _apply(self: E, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> E:  # noqa: FBT001, FBT002
         """The tower moves along, though it is not part of the state dict."""
-        if self._tower is not None:
-            self._tower.model._apply(fn)  # type: ignore[no-untyped-call]
+        if "tower" in self._shelf:
+            self._shelf["tower"].model._apply(fn)  # type: ignore[no-untyped-call]
         else:
             self._placed.append(fn)
         return super()._apply(fn, recurse)  # type: ignore[no-any-return, no-untyped-call]
 
     def __deepcopy__(self: E, memo: dict[int, Any]) -> E:
         copied = type(self)(**self.config)
-        copied._tower, copied._placed = self._tower, list(self._placed)
+        copied._shelf, copied._placed = self._shelf, list(self._placed)
         memo[id(self)] = copied
         return copied
 
