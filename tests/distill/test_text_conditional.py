@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torchvision.io import read_image
 
 from distill import SoftDiMO
 from rewards import CLIPReward
@@ -259,7 +260,8 @@ def test_genevals_own_folders_and_results(folder: Path, tmp_path: Path, capsys: 
     ]
     assert len(files) == 12
     for path in files:
-        assert (tmp_path / "one" / path).read_bytes() == (tmp_path / "many" / path).read_bytes()
+        one, many = (read_image(str(tmp_path / name / path)).int() for name in ("one", "many"))
+        assert int((one - many).abs().max()) <= 1  # other batches may round otherwise
     pictures = {(tmp_path / "one" / path).read_bytes() for path in files}
     assert len(pictures) == 12
 

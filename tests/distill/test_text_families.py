@@ -182,8 +182,8 @@ def test_one_hot_distributions_are_hard_tokens_for_model_and_decoder(teacher: Pa
     one_hot = nn.functional.one_hot(tokens, model.num_codes).float()
     mask = torch.rand(tokens.shape) < 0.5
     hard_masked = model.embed(tokens.masked_fill(mask, model.mask_id))
-    torch.testing.assert_close(model.embed_soft(one_hot), model.embed(tokens), rtol=0, atol=1e-6)
-    torch.testing.assert_close(model.embed_soft(one_hot, mask), hard_masked, rtol=0, atol=1e-6)
+    torch.testing.assert_close(model.embed_soft(one_hot), model.embed(tokens), rtol=0, atol=1e-5)
+    torch.testing.assert_close(model.embed_soft(one_hot, mask), hard_masked, rtol=0, atol=1e-5)
     soft, hard = tokenizer.decode_embeddings(tokenizer.embed_soft(one_hot)), tokenizer.decode(tokens)
     torch.testing.assert_close(soft, hard, rtol=0, atol=1e-5)
 
@@ -194,7 +194,7 @@ def test_prompts_and_the_negative_prompt_come_in(teacher: Path) -> None:
     condition = model.encode(PROMPTS)
     logits = model(x, condition)
     negative = model.config["negative_prompt"]
-    torch.testing.assert_close(model(x, condition.drop()), model(x, model.encode([negative] * 2)), rtol=0, atol=1e-6)
+    torch.testing.assert_close(model(x, condition.drop()), model(x, model.encode([negative] * 2)), rtol=0, atol=1e-5)
     assert (logits[0] - logits[1]).abs().max() > 1e-3
     assert (logits - model(x, condition.drop())).abs().amax(dim=(1, 2)).min() > 1e-3
 

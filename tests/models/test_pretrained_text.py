@@ -78,8 +78,8 @@ def test_clip_of_transformers(clip_folder: Path, layer: int) -> None:
         output = whole.text_model(**ids, output_hidden_states=True)
         pooled = whole.text_projection(output.pooler_output)
     states = output.last_hidden_state if layer == -1 else output.hidden_states[layer]
-    torch.testing.assert_close(condition.states, states, rtol=0, atol=1e-6)
-    torch.testing.assert_close(condition.pooled, pooled, rtol=0, atol=1e-6)
+    torch.testing.assert_close(condition.states, states, rtol=0, atol=1e-5)
+    torch.testing.assert_close(condition.pooled, pooled, rtol=0, atol=1e-5)
     assert condition.mask.sum(dim=1).tolist() == [5, 4]
 
 
@@ -87,7 +87,7 @@ def test_t5_is_pooled_by_its_mean_state(t5_folder: Path) -> None:
     encoder = PretrainedTextEncoder(str(t5_folder), length=6)
     condition = encoder(PROMPTS)
     assert condition.states.shape == (2, 6, 16)
-    torch.testing.assert_close(condition.pooled[1], condition.states[1, :4].mean(dim=0), rtol=0, atol=1e-6)
+    torch.testing.assert_close(condition.pooled[1], condition.states[1, :4].mean(dim=0), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("layer", [-1, -2])
@@ -98,7 +98,7 @@ def test_open_clip(open_clip_folder: Path, layer: int) -> None:
     clip = Pretrained.from_pretrained(open_clip_folder)
     assert isinstance(clip, OpenCLIP)
     pooled = torch.nn.functional.normalize(condition.pooled, dim=-1)
-    torch.testing.assert_close(pooled, clip.encode_prompts(PROMPTS).detach(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(pooled, clip.encode_prompts(PROMPTS).detach(), rtol=0, atol=1e-5)
     kept: list[torch.Tensor] = []
     block = clip.model.transformer.resblocks[layer]
     handle = block.register_forward_hook(lambda *given: kept.append(given[2]))

@@ -40,13 +40,13 @@ def test_padding_does_not_reach_the_states() -> None:
     long, short = encoder(length=T), encoder(length=3)
     short.load_state_dict({**long.state_dict(), "position": long.position[:3]})
     for one, other in ((long(PROMPTS), short(PROMPTS)),):
-        torch.testing.assert_close(one.pooled, other.pooled, rtol=0, atol=1e-6)
-        torch.testing.assert_close(one.states[0, :3], other.states[0], rtol=0, atol=1e-6)
+        torch.testing.assert_close(one.pooled, other.pooled, rtol=0, atol=1e-5)
+        torch.testing.assert_close(one.states[0, :3], other.states[0], rtol=0, atol=1e-5)
 
 
 def test_case_and_punctuation_do_not_matter_and_word_order_does() -> None:
     one = encoder()(["a red circle blue square", "A RED circle, blue square.", "a blue circle red square"])
-    assert torch.equal(one.pooled[0], one.pooled[1])
+    torch.testing.assert_close(one.pooled[0], one.pooled[1], rtol=0, atol=1e-5)
     assert not torch.allclose(one.pooled[0], one.pooled[2])
 
 
@@ -109,12 +109,12 @@ def test_a_dropped_prompt_is_the_same_whatever_it_said() -> None:
     built = model()
     embeddings = built.embed(torch.randint(K, (1, N)).expand(B, N))
     logits = built(embeddings, built.encode(PROMPTS).drop())
-    torch.testing.assert_close(logits[0], logits[1], rtol=0, atol=1e-6)
+    torch.testing.assert_close(logits[0], logits[1], rtol=0, atol=1e-5)
     assert bool(logits.isfinite().all())
     part = built.encode(PROMPTS).drop(torch.tensor([True, False, False]))
     mixed = built(embeddings, part)
-    torch.testing.assert_close(mixed[0], logits[0], rtol=0, atol=1e-6)
-    torch.testing.assert_close(mixed[1], built(embeddings, built.encode(PROMPTS))[1], rtol=0, atol=1e-6)
+    torch.testing.assert_close(mixed[0], logits[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(mixed[1], built(embeddings, built.encode(PROMPTS))[1], rtol=0, atol=1e-5)
 
 
 def test_gradients_reach_the_text_encoder() -> None:
@@ -180,4 +180,4 @@ def test_cross_attention_is_attention() -> None:
         weights = (layer.query(x)[..., head] @ key[..., head].transpose(1, 2) / 2).softmax(dim=-1)
         heads.append(weights @ value[..., head])
     expected = layer.out(torch.cat(heads, dim=-1))
-    torch.testing.assert_close(layer(x, context, mask), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(layer(x, context, mask), expected, rtol=0, atol=1e-5)

@@ -33,11 +33,11 @@ def test_padding_is_seen_where_it_is_asked_for(folder: Path) -> None:
     with torch.no_grad():
         output = model(ids["input_ids"], output_hidden_states=True)
     condition = PretrainedTextEncoder(str(folder), layer=-2, attend_padding=True)(PROMPTS)
-    torch.testing.assert_close(condition.states, output.hidden_states[-2], rtol=0, atol=1e-6)
-    torch.testing.assert_close(condition.pooled, output.text_embeds, rtol=0, atol=1e-6)
+    torch.testing.assert_close(condition.states, output.hidden_states[-2], rtol=0, atol=1e-5)
+    torch.testing.assert_close(condition.pooled, output.text_embeds, rtol=0, atol=1e-5)
     masked = PretrainedTextEncoder(str(folder), layer=-2)(PROMPTS)
     assert torch.equal(masked.mask, condition.mask)
-    torch.testing.assert_close(masked.states[masked.mask], condition.states[masked.mask], rtol=0, atol=1e-6)
+    torch.testing.assert_close(masked.states[masked.mask], condition.states[masked.mask], rtol=0, atol=1e-5)
     assert (masked.states[1, -1] - condition.states[1, -1]).abs().max() > 1e-3
 
 
@@ -57,7 +57,7 @@ def test_quick_gelu_overrules_the_source(folder: Path, tmp_path: Path) -> None:
     quick = save_clip_text(tmp_path / "quick", hidden_act="quick_gelu")
     expected = PretrainedTextEncoder(str(quick), attend_padding=True, pad_id=0)(PROMPTS)
     forced = openai_clip_text(str(folder), layer=-1)(PROMPTS)
-    torch.testing.assert_close(forced.states, expected.states, rtol=0, atol=1e-6)
+    torch.testing.assert_close(forced.states, expected.states, rtol=0, atol=1e-5)
     gelu = PretrainedTextEncoder(str(folder), attend_padding=True, pad_id=0)(PROMPTS)
     assert (gelu.states - forced.states).abs().max() > 1e-4
 
@@ -78,7 +78,7 @@ def test_quick_gelu_of_open_clip(name: str, tmp_path: Path) -> None:
     forced = openai_clip_text(f"local-dir:{tmp_path / name}", layer=-1)(PROMPTS).pooled
     agrees = torch.allclose(plain, clip.encode_prompts(PROMPTS), rtol=0, atol=1e-5)
     assert agrees == (name == "other")
-    assert torch.allclose(plain, torch.nn.functional.normalize(forced, dim=-1), atol=1e-6) == (name != "other")
+    assert torch.allclose(plain, torch.nn.functional.normalize(forced, dim=-1), atol=1e-5) == (name != "other")
 
 
 def test_a_folder_of_diffusers(folder: Path, tmp_path: Path) -> None:
