@@ -110,7 +110,9 @@ class PretrainedTextEncoder(TextEncoder):
 
     def problems(self, prompts: Sequence[str]) -> PromptProblems:
         """See the base class; subwords leave no word unknown."""
-        return PromptProblems(truncated=self._open().count_long(list(prompts), length=self.length))
+        # A token is a byte at least, and two mark the ends: most prompts are short without being tokenised again.
+        maybe = [prompt for prompt in prompts if len(prompt.encode()) + 2 > self.length]
+        return PromptProblems(truncated=self._open().count_long(maybe, length=self.length) if maybe else 0)
 
     def _open(self) -> "_Tower":
         if "tower" not in self._shelf:

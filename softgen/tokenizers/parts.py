@@ -68,3 +68,19 @@ def without_clash(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         name.replace("quantize.", "quantizer.", 1) if name.startswith("quantize.") else name: value
         for name, value in state.items()
     }
+
+
+def check_vit_sizes(sizes: Mapping[str, Mapping[str, int]], *, image_size: int) -> None:
+    """Refuse transformers, by their part of the tokenizer, whose `heads` or `patch_size` do not fit.
+
+    Raises:
+        ValueError: Naming the part.
+    """
+    for part, values in sizes.items():
+        width, heads, patch = values["width"], values["heads"], values["patch_size"]
+        if width % heads:
+            raise ValueError(f"tokenizer.{part}.heads: expected a divisor of {width}, got {heads}")
+        if image_size % patch:
+            raise ValueError(
+                f"tokenizer.image_size: expected a multiple of the {part}'s patch, {patch}, got {image_size}"
+            )

@@ -21,7 +21,7 @@ from softgen.relaxation import expected_embedding, probabilities, widen
 from softgen.tokenizers.base import ImageTokenizer
 from softgen.tokenizers.maskgit_vqgan import MaskGITVQGAN, PixelDecoder, pixel_decoder_sizes
 from softgen.tokenizers.optvq import OptVQCodebook, sinkhorn_codes
-from softgen.tokenizers.parts import CodeTable, nearest_code, without_clash
+from softgen.tokenizers.parts import CodeTable, check_vit_sizes, nearest_code, without_clash
 from softgen.tokenizers.sftok_decoder import Refined, SFTokDecoder
 from softgen.tokenizers.titok import TiTokEncoder, free_parameter, vit_sizes
 
@@ -80,16 +80,7 @@ class SFTok(ImageTokenizer):
     ) -> None:
         super().__init__()
         sizes = {"encoder": {**_BASE, **(encoder or {})}, "decoder": {**_BASE, **(decoder or {})}}
-        for part, values in sizes.items():
-            if values["width"] % values["heads"]:
-                raise ValueError(
-                    f"tokenizer.{part}.heads: expected a divisor of {values['width']}, got {values['heads']}"
-                )
-            if image_size % values["patch_size"]:
-                raise ValueError(
-                    f"tokenizer.image_size: expected a multiple of the {part}'s patch, {values['patch_size']}, got "
-                    f"{image_size}"
-                )
+        check_vit_sizes(sizes, image_size=image_size)
         if eval not in get_args(Assignment):
             raise ValueError(f"tokenizer.eval: expected one of {', '.join(get_args(Assignment))}, got {eval!r}")
         self.config = {

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from softgen.checkpoints import build, find_checkpoint, read_checkpoint, settings_beside
 from softgen.tokenizers.continuous import ContinuousTokenizer
-from softgen.tokenizers.parts import without_clash
+from softgen.tokenizers.parts import check_vit_sizes, without_clash
 from softgen.tokenizers.soft_quantizer import SoftDistance, SoftQuantizer, Temperature
 
 _LARGE = {"width": 1024, "depth": 24, "heads": 16, "patch_size": 16}
@@ -214,16 +214,7 @@ class SoftVQ(ContinuousTokenizer):
     ) -> None:
         super().__init__()
         sizes = {"encoder": {**_LARGE, **(encoder or {})}, "decoder": {**_LARGE, **(decoder or {})}}
-        for part, values in sizes.items():
-            if values["width"] % values["heads"]:
-                raise ValueError(
-                    f"tokenizer.{part}.heads: expected a divisor of {values['width']}, got {values['heads']}"
-                )
-            if image_size % values["patch_size"]:
-                raise ValueError(
-                    f"tokenizer.image_size: expected a multiple of the {part}'s patch, {values['patch_size']}, got "
-                    f"{image_size}"
-                )
+        check_vit_sizes(sizes, image_size=image_size)
         if groups < 1 or num_latents % groups:
             raise ValueError(f"tokenizer.groups: expected a divisor of the {num_latents} tokens, got {groups}")
         for name, count in (("codebook_size", codebook_size), ("latent_dim", latent_dim)):

@@ -20,7 +20,7 @@ from softgen.checkpoints import build, read_checkpoint
 from softgen.relaxation import expected_embedding, probabilities, widen
 from softgen.tokenizers.base import ImageTokenizer
 from softgen.tokenizers.maskgit_vqgan import PixelDecoder, pixel_decoder_sizes
-from softgen.tokenizers.parts import CodeTable, nearest_code, without_clash
+from softgen.tokenizers.parts import CodeTable, check_vit_sizes, nearest_code, without_clash
 
 
 class _Attention(nn.MultiheadAttention):
@@ -232,16 +232,7 @@ class TiTok(ImageTokenizer):
         super().__init__()
         large = {"width": 1024, "depth": 24, "heads": 16, "patch_size": 16}
         sizes = {"encoder": {**large, **(encoder or {})}, "decoder": {**large, **(decoder or {})}}
-        for part, values in sizes.items():
-            if values["width"] % values["heads"]:
-                raise ValueError(
-                    f"tokenizer.{part}.heads: expected a divisor of {values['width']}, got {values['heads']}"
-                )
-            if image_size % values["patch_size"]:
-                raise ValueError(
-                    f"tokenizer.image_size: expected a multiple of the {part}'s patch, {values['patch_size']}, got "
-                    f"{image_size}"
-                )
+        check_vit_sizes(sizes, image_size=image_size)
         self.config = {
             "image_size": image_size,
             "codebook_size": codebook_size,
