@@ -2,7 +2,8 @@
 
 import copy
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -19,11 +20,11 @@ from softgen.loading import check_compatible, check_same_sites, load_generator, 
 from softgen.models.base import MaskedDiffusionModel
 from softgen.models.conditions import Asked, Condition
 from softgen.models.generator import MaskUnit, OneStepGenerator
-from softgen.models.text import freeze_text_encoder
+from softgen.models.text import TextEncoder, freeze_text_encoder
 from softgen.pretrained import CONFIG_NAME, Pretrained, resolve_folder
 from softgen.relaxation import decoding_gap, probabilities, sharpness
 from softgen.tokenizers.base import ImageTokenizer
-from softgen.training.optimization import OptimizerConfig, ParameterGroup
+from softgen.training.optimization import OptimizerConfig, ParameterGroup, hidden_matrices
 from softgen.training.stage import Stage, check_conditions, check_images
 
 _GAP_GROWTH = 1.5
@@ -54,8 +55,9 @@ class SoftDiMO(Stage):
             is saved beside the student, of which a copy is kept in main memory.
         compile_blocks: Compile the blocks of student, teacher and auxiliary model with `torch.compile`.
         checkpoint_activations: Recompute the blocks of student, teacher and auxiliary model in the backward pass
-            instead of keeping their activations: less memory, more time. Of this run alone: the student's saved config
-            keeps what it had. False leaves each model as it was saved.
+            instead of keeping their activations, and the narrower copies of weights that autocast makes: less memory,
+            more time. Of this run alone: the student's saved config keeps what it had. False leaves each model as it
+            was saved.
         seed: Seed of all randomness in training.
     """
 
@@ -110,6 +112,7 @@ class SoftDiMO(Stage):
             raise ValueError(f"{names[0]}.weight: expected a number for the first objective, the anchor, got 'auto'")
         self._smallest_gap = math.inf
         self.frozen_dtype = frozen_dtype
+        self._keep_casts = not checkpoint_activations
         # A plain dict, as for the frozen modules: neither moved nor registered.
         self._exported = {"tokenizer": decoder}
         if frozen_dtype == "bfloat16":
@@ -231,10 +234,11 @@ class SoftDiMO(Stage):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One on-policy pass of the student, then every objective on it."""
-        state = self._student_pass(batch)
-        objectives = {objective.name: objective for objective in self._objectives()}
-        results = {name: objective(state) for name, objective in objectives.items()}
-        terms = weigh(results, objectives, state.logits)
+        with _kept_casts(wanted=self._keep_casts):
+            state = self._student_pass(batch)
+            objectives = {objective.name: objective for objective in self._objectives()}
+            results = {name: objective(state) for name, objective in objectives.items()}
+            terms = weigh(results, objectives, state.logits)
         losses: dict[str, Tensor] = {}
         logs: dict[str, Tensor] = {}
         for name, result in results.items():
@@ -284,8 +288,14 @@ class SoftDiMO(Stage):
 
     def parameter_groups(self) -> Iterable[ParameterGroup]:
         """`student`, and one a critic."""
-        student = list(self.student.parameters())
-        groups = [ParameterGroup("student", student, self.optimizer_config, first_step=self._critic_steps)]
+        student = ParameterGroup(
+            "student",
+            list(self.student.parameters()),
+            self.optimizer_config,
+            first_step=self._critic_steps,
+            matrices=hidden_matrices(self.student),
+        )
+        groups = [student]
         for objective in self._objectives():
             groups.extend(objective.parameter_groups())
         return groups
@@ -351,10 +361,25 @@ def _open_tokenizer(
 
 def _halve_around_codebook(tokenizer: ImageTokenizer) -> None:
     """All weights to bfloat16 but those of the codebook, which nearest codes and expectations are taken of."""
-    codes = tokenizer.codebook_weight().untyped_storage().data_ptr()
+    codes = tokenizer.codebook_weight().untyped_storage()
     for tensor in (*tokenizer.parameters(), *tokenizer.buffers()):
-        if tensor.is_floating_point() and tensor.untyped_storage().data_ptr() != codes:
+        # By identity: on the meta device all storages have the same address.
+        if tensor.is_floating_point() and tensor.untyped_storage() is not codes:
             tensor.data = tensor.data.to(torch.bfloat16)
+    for module in tokenizer.modules():
+        if isinstance(module, TextEncoder):  # whose tower is no parameter of it
+            module.to(torch.bfloat16)
+
+
+@contextmanager
+def _kept_casts(*, wanted: bool) -> Iterator[None]:
+    """Whether autocast keeps the copies of weights that it makes, half a model's size, to the end of a step."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(before and wanted)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
 
 
 def _recompute(model: MaskedDiffusionModel) -> None:

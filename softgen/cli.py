@@ -15,7 +15,7 @@ from softgen.messages import locate_unknown_key, one_line
 
 USER_ERRORS = (ValueError, TypeError, OSError, ImportError, MisconfigurationException)
 TRACEBACK = "SOFTGEN_TRACEBACK"
-"""Set this environment variable to see where an error came from."""
+"""Set this environment variable to see where an error or a warning came from."""
 
 
 def fail(message: object, *, program: str) -> NoReturn:
@@ -46,13 +46,23 @@ class CommandParser(OneLineErrors, ArgumentParser):
 
 @contextmanager
 def user_errors(program: str) -> Iterator[None]:
-    """Turn a user's mistake, raised anywhere within, into one line and exit code 2."""
+    """Turn a user's mistake, raised anywhere within, into one line and exit code 2, and our warnings into one line."""
+    shown = warnings.formatwarning
+
+    def formatted(message: Any, category: type[Warning], *where: Any, **line: Any) -> str:
+        if category is not UserWarning or os.environ.get(TRACEBACK):
+            return shown(message, category, *where, **line)
+        return f"{program}: warning: {one_line(message)}\n"
+
+    warnings.formatwarning = formatted
     try:
         yield
     except USER_ERRORS as error:
         if os.environ.get(TRACEBACK):
             raise
         fail(error, program=program)
+    finally:
+        warnings.formatwarning = shown
 
 
 def command_parser(function: Callable[..., Any], *, program: str) -> CommandParser:
@@ -90,6 +100,7 @@ def quiet_lightning() -> None:
         r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",
         r".*Checkpoint directory .* exists and is not empty.*",
         r".*GPU available but not used.*",
+        r".*module\(s\) in eval mode at the start of training.*",  # a text encoder that is frozen
         r".*`_pytree\..*",
     ):
         warnings.filterwarnings("ignore", message=pattern)

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -12,21 +12,24 @@ import torch
 from softgen.classifier import RECIPES, named_data
 from softgen.cli import run_command
 from softgen.data.base import ImageDataModule
+from softgen.flow import FlowSampler
 from softgen.generation import (
     TokenSource,
     autoregressive_tokens,
     balanced_labels,
+    flow_latents,
     generate,
     one_step_tokens,
     teacher_tokens,
 )
 from softgen.geneval import read_geneval_metadata, read_geneval_results
 from softgen.guidance import check_guidance
-from softgen.loading import check_compatible, load_tokenizer
+from softgen.loading import check_compatible, check_latents, load_continuous_tokenizer, load_tokenizer
 from softgen.metrics.protocol import Protocol, small_protocol
 from softgen.models.autoregressive import AutoregressiveTransformer
 from softgen.models.base import MaskedDiffusionModel
 from softgen.models.generator import OneStepGenerator
+from softgen.models.sit import SiT
 from softgen.pretrained import Pretrained
 from softgen.prompt_evaluation import (
     check_text_conditional,
@@ -34,9 +37,18 @@ from softgen.prompt_evaluation import (
     shapes_rows,
     write_geneval_images,
 )
-from softgen.sample import backbone_of, check_finite, check_positive, check_writable, choose_device
+from softgen.sample import (
+    backbone_of,
+    check_finite,
+    check_masked_sampler,
+    check_positive,
+    check_writable,
+    choose_device,
+    flow_method,
+)
 from softgen.sampling import AutoregressiveSampler, HaltonSampler, MaskGITSampler, Sampler, reveal_counts
-from softgen.training.stage import check_conditions
+from softgen.tokenizers.base import ImageTokenizer
+from softgen.tokenizers.continuous import ContinuousTokenizer
 
 PROGRAM = "softgen.evaluate"
 
@@ -71,8 +83,9 @@ def evaluate(
     tokenizer: str | None = None,
     n: int = 0,
     steps: list[int] = [8],  # noqa: B006 - never changed; jsonargparse shows it
-    sampler: Literal["maskgit", "halton"] = "maskgit",
+    sampler: Literal["maskgit", "halton", "heun", "euler"] | None = None,
     guidance: float = 1.0,
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
     confidence_noise: float = 4.5,
     temperature: float = 1.0,
     seed: int = 0,
@@ -85,7 +98,7 @@ def evaluate(
 
     Args:
         model: Folder or hub id of a teacher, or of a one-step generator (which ignores the options of samplers), or of
-            an autoregressive model (which takes temperature and guidance).
+            an autoregressive model (which takes temperature and guidance), or of a SiT (steps and guidance).
         task: `classes` for class-conditional models; for text-conditional ones `shapes`, the six tasks of GenEval on
             prompts of `softgen.data.Shapes` that no training shows, verified by a program; or `geneval` itself, whose
             evaluator runs elsewhere (arXiv 2310.11513): its images are written, or its results read.
@@ -100,9 +113,10 @@ def evaluate(
         clip: For `shapes`: folder of a CLIP, whose mean cosine of picture and prompt is added.
         tokenizer: Folder or hub id; by default the one beside the model.
         n: Number of samples; 0 takes 1797 for digits, 1000 for prompts and 10,000 otherwise.
-        steps: For a teacher, one row for each number of steps.
-        sampler: `maskgit` or `halton`.
+        steps: For a teacher or a SiT, one row for each number of steps.
+        sampler: `maskgit` (by default) or `halton`; of a SiT `heun` (by default) or `euler`.
         guidance: Scale of classifier-free guidance; 1 is off.
+        guidance_interval: Times of a SiT within which guidance is on; 0 is the data and 1 is noise.
         confidence_noise: Gumbel noise on the ranking of `maskgit`.
         temperature: Of the drawn codes.
         seed: Of the samples.
@@ -134,14 +148,43 @@ def evaluate(
         torch.set_num_threads(threads)
     target = choose_device(device)
     opened = Pretrained.from_pretrained(model, key="model").to(target)
+    beside = tokenizer if tokenizer is not None else model
+    if isinstance(opened, SiT):
+        if task != "classes":
+            raise ValueError(f"task: expected classes for a class-conditional model, got {task}")
+        latents = load_continuous_tokenizer(beside).to(target)
+        check_latents(opened, latents)
+        flows = {
+            count: FlowSampler(
+                steps=count, method=flow_method(sampler), guidance=guidance, guidance_interval=guidance_interval
+            )
+            for count in steps
+        }
+        for flow in flows.values():
+            flow.check(opened)
+        if out is not None:
+            check_writable(Path(out).parent)
+        _score_classes(
+            {f"{flow.method}_{count}": flow_latents(opened, flow, latents) for count, flow in flows.items()},
+            latents,
+            num_classes=opened.num_classes,
+            protocol=_protocol(opened.num_classes, data, data_name, data_root, extractor),
+            n=n,
+            seed=seed,
+            batch_size=batch_size,
+            out=out,
+            facts={"model": model, "seed": seed, "guidance": guidance},
+        )
+        return
+    check_masked_sampler(sampler)
     backbone = backbone_of(opened, key="model")
-    decoder = load_tokenizer(tokenizer if tokenizer is not None else model).to(target)
+    decoder = load_tokenizer(beside).to(target)
     check_compatible(backbone, decoder)
     check_guidance(backbone, guidance)
     sources = _sources(
         opened,
         steps=steps,
-        sampler=sampler,
+        sampler="halton" if sampler == "halton" else "maskgit",
         guidance=guidance,
         confidence_noise=confidence_noise,
         temperature=temperature,
@@ -176,18 +219,54 @@ def evaluate(
         return
     if backbone.text_encoder is not None:
         raise ValueError(f"task: expected shapes or geneval for a text-conditional model, got {task}")
-    protocol = named_protocol(data_name, data_root=data_root, folder=extractor) if data is None else None
-    if protocol is None:
-        assert data is not None
-        if extractor is None:
-            raise ValueError("extractor: expected the folder of a classifier to go with data, got none")
-        check_conditions(data, backbone)
-        protocol = small_protocol(data, name=Path(extractor).name, epochs=8, folder=extractor)
+    _score_classes(
+        sources,
+        decoder,
+        num_classes=backbone.num_classes,
+        protocol=_protocol(backbone.num_classes, data, data_name, data_root, extractor),
+        n=n,
+        seed=seed,
+        batch_size=batch_size,
+        out=out,
+        facts=facts,
+    )
+
+
+def _protocol(
+    num_classes: int,
+    data: ImageDataModule | None,
+    data_name: Literal["digits", "fashion_mnist"],
+    data_root: str,
+    extractor: str | None,
+) -> Protocol:
+    """What real images the samples are compared with, and through which classifier."""
+    if data is None:
+        return named_protocol(data_name, data_root=data_root, folder=extractor)
+    if extractor is None:
+        raise ValueError("extractor: expected the folder of a classifier to go with data, got none")
+    if num_classes and data.num_classes != num_classes:
+        raise ValueError(f"data.num_classes: expected {num_classes} as the model has, got {data.num_classes}")
+    return small_protocol(data, name=Path(extractor).name, epochs=8, folder=extractor)
+
+
+def _score_classes(
+    sources: Mapping[str, TokenSource],
+    decoder: ImageTokenizer | ContinuousTokenizer,
+    *,
+    num_classes: int,
+    protocol: Protocol,
+    n: int,
+    seed: int,
+    batch_size: int,
+    out: str | None,
+    facts: Mapping[str, object],
+) -> None:
+    """Sample, score and print a row a source."""
     rows = []
-    labels = balanced_labels(n, num_classes=backbone.num_classes)
+    labels = balanced_labels(n, num_classes=num_classes)
     for name, source in sources.items():
         made = generate(source, decoder, labels, seed=seed, batch_size=batch_size, progress=name)
-        quality = protocol.score(made.images, labels if backbone.num_classes else None)
+        quality = protocol.score(made.images, labels if num_classes else None)
         row = Row(name=name, protocol=protocol.name(n), seconds=round(made.seconds, 3), **asdict(quality))
         rows.append(row)
         print(_line(row))

@@ -8,16 +8,19 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from softgen.flow import FlowSampler
 from softgen.models.autoregressive import AutoregressiveTransformer
 from softgen.models.base import MaskedDiffusionModel
 from softgen.models.conditions import Asked
 from softgen.models.generator import OneStepGenerator
+from softgen.models.sit import SiT
 from softgen.random import SampleRandom, derive_seed
 from softgen.sampling import AutoregressiveSampler, Sampler
 from softgen.tokenizers.base import ImageTokenizer
+from softgen.tokenizers.continuous import ContinuousTokenizer
 
 TokenSource = Callable[[Asked, SampleRandom], Tensor]
-"""Maps labels (B,) or B prompts, and their noise, to tokens (B, N)."""
+"""Maps labels (B,) or B prompts, and their noise, to tokens (B, N), or to the latents of a continuous tokenizer."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +46,15 @@ def one_step_tokens(generator: OneStepGenerator, *, temperature: float = 1.0) ->
     return lambda asked, noise: generator.sample(generator.model.encode(asked), noise, temperature=temperature)
 
 
+def flow_latents(model: SiT, sampler: FlowSampler, tokenizer: ContinuousTokenizer) -> TokenSource:
+    """Latents (B, L, D) of a SiT, as the tokenizer's decoder takes them."""
+    return lambda asked, noise: tokenizer.denormalise(sampler(model, model.encode(asked), noise))
+
+
 @torch.inference_mode()
 def generate(
     tokens_of: TokenSource,
-    tokenizer: ImageTokenizer,
+    tokenizer: ImageTokenizer | ContinuousTokenizer,
     asked: Asked,
     *,
     seed: int,
@@ -57,7 +65,7 @@ def generate(
     """Sample one image a label, or a prompt.
 
     Args:
-        tokens_of: From `teacher_tokens` or `one_step_tokens`.
+        tokens_of: From `teacher_tokens`, `one_step_tokens` or `flow_latents`.
         tokenizer: Decodes the tokens; its device is used throughout.
         asked: Labels (n,) int64, or n prompts.
         seed: Image i depends on (seed, first + i) alone.
@@ -65,7 +73,7 @@ def generate(
         first: Number of the first image, for those that are made in several calls.
         progress: Text of a progress bar; None shows none.
     """
-    device = tokenizer.codebook.device
+    device = tokenizer.codebook.device if isinstance(tokenizer, ImageTokenizer) else next(tokenizer.parameters()).device
     images, seconds = [], 0.0
     for ordinals in tqdm(list(_slices(len(asked), batch_size)), desc=progress, disable=progress is None):
         numbers = range(first + ordinals.start, first + ordinals.stop)

@@ -4,8 +4,10 @@ from pathlib import Path
 
 from softgen.models.base import ImageCodeModel, MaskedDiffusionModel
 from softgen.models.generator import OneStepGenerator
+from softgen.models.sit import SiT
 from softgen.pretrained import CONFIG_NAME, resolve_folder
 from softgen.tokenizers.base import ImageTokenizer
+from softgen.tokenizers.continuous import ContinuousTokenizer
 
 
 def load_model(source: str | Path, *, key: str = "model") -> MaskedDiffusionModel:
@@ -33,11 +35,31 @@ def load_tokenizer(source: str | Path, *, key: str = "tokenizer") -> ImageTokeni
 
     Arguments and errors as `load_model`.
     """
+    return ImageTokenizer.from_pretrained(_tokenizer_folder(source, key=key), key=key)
+
+
+def load_continuous_tokenizer(source: str | Path, *, key: str = "tokenizer") -> ContinuousTokenizer:
+    """As `load_tokenizer`, a tokenizer of continuous latents."""
+    return ContinuousTokenizer.from_pretrained(_tokenizer_folder(source, key=key), key=key)
+
+
+def _tokenizer_folder(source: str | Path, *, key: str) -> Path:
+    """The tokenizer's own folder, or the one in a model's."""
     folder = resolve_folder(source, key=key)
     inner = folder / "tokenizer"
-    if (inner / CONFIG_NAME).is_file():
-        folder = inner
-    return ImageTokenizer.from_pretrained(folder, key=key)
+    return inner if (inner / CONFIG_NAME).is_file() else folder
+
+
+def check_latents(model: SiT, tokenizer: ContinuousTokenizer, *, key: str = "tokenizer") -> None:
+    """Refuse a tokenizer whose latents are not those of the model.
+
+    Raises:
+        ValueError: Naming the number that differs.
+    """
+    for name in ("num_latents", "latent_dim"):
+        expected, got = getattr(model, name), getattr(tokenizer, name)
+        if expected != got:
+            raise ValueError(f"{key}.{name}: expected {expected} as the model has, got {got}")
 
 
 def check_compatible(model: ImageCodeModel, tokenizer: ImageTokenizer, *, key: str = "tokenizer") -> None:

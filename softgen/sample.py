@@ -4,29 +4,33 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from softgen.cli import run_command
 from softgen.data.prompts import read_prompts
+from softgen.flow import FlowSampler, Method
 from softgen.generation import (
+    Generated,
     TokenSource,
     autoregressive_tokens,
     balanced_labels,
+    flow_latents,
     generate,
     one_step_tokens,
     teacher_tokens,
 )
 from softgen.guidance import check_guidance
 from softgen.images import save_grid, save_image
-from softgen.loading import check_compatible, load_tokenizer
+from softgen.loading import check_compatible, check_latents, load_continuous_tokenizer, load_tokenizer
 from softgen.masking import Schedule
 from softgen.models.autoregressive import AutoregressiveTransformer
 from softgen.models.base import ImageCodeModel, MaskedDiffusionModel
 from softgen.models.conditions import Asked
 from softgen.models.generator import OneStepGenerator
+from softgen.models.sit import SiT
 from softgen.pretrained import Pretrained
 from softgen.samplers import published_sampler
 from softgen.sampling import AutoregressiveSampler, HaltonSampler, MaskGITSampler, Sampler, reveal_counts
@@ -43,10 +47,11 @@ def sample(
     labels: list[int] | None = None,
     prompts: list[str] | None = None,
     prompt_file: str | None = None,
-    sampler: Literal["maskgit", "halton", "published"] = "maskgit",
+    sampler: Literal["maskgit", "halton", "published", "heun", "euler"] | None = None,
     steps: int = 8,
     schedule: Schedule = "arccos",
     guidance: float = 1.0,
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
     confidence_noise: float = 4.5,
     temperature: float = 1.0,
     seed: int = 0,
@@ -59,18 +64,20 @@ def sample(
 
     Args:
         model: Folder or hub id of a teacher, or of a one-step generator (which ignores the options of samplers), or of
-            an autoregressive model (which takes temperature and guidance).
+            an autoregressive model (which takes temperature and guidance), or of a SiT.
         tokenizer: Folder or hub id; by default the one beside the model.
         out: Folder to write to.
         n: Number of images.
         labels: Classes to go round; by default all.
         prompts: Of a text-conditional model: prompts to go round.
         prompt_file: As `prompts`, from a .txt file, one a line, or a .jsonl or .parquet file with `prompt`.
-        sampler: `maskgit` reveals the most confident sites first, `halton` spreads them over the image; `published` is
-            that of a published model's authors at their settings, which takes none of the options below.
+        sampler: Of a teacher: `maskgit`, its default, reveals the most confident sites first, `halton` spreads them
+            over the image; `published` is that of a published model's authors at their settings, which takes none of
+            the options below. Of a SiT: `heun`, its default, or `euler`, which take steps and both options of guidance.
         steps: Passes of a multi-step sampler.
         schedule: Sites left masked over time.
         guidance: Scale of classifier-free guidance; 1 is off.
+        guidance_interval: Times of a SiT within which guidance is on; 0 is the data and 1 is noise.
         confidence_noise: Gumbel noise on the ranking of `maskgit`.
         temperature: Of the drawn codes; 0 takes the likeliest.
         seed: Image i depends on (seed, i) alone.
@@ -86,7 +93,28 @@ def sample(
     check_finite(temperature=temperature, confidence_noise=confidence_noise)
     target = choose_device(device)
     opened = Pretrained.from_pretrained(model, key="model").to(target)
-    decoder = load_tokenizer(tokenizer if tokenizer is not None else model).to(target)
+    beside = tokenizer if tokenizer is not None else model
+    if isinstance(opened, SiT):
+        if prompts is not None or prompt_file is not None:
+            raise ValueError("prompts: expected labels, since this model is class-conditional, got prompts")
+        flow = FlowSampler(
+            steps=steps,
+            method=flow_method(sampler),
+            guidance=guidance,
+            guidance_interval=guidance_interval,
+        )
+        flow.check(opened)
+        latents = load_continuous_tokenizer(beside).to(target)
+        check_latents(opened, latents)
+        classes = wanted_labels(labels, n=n, num_classes=opened.num_classes)
+        check_writable(Path(out))
+        made = generate(
+            flow_latents(opened, flow, latents), latents, classes, seed=seed, batch_size=batch_size, progress="sampling"
+        )
+        _write(made, Path(out), columns=columns, save_images=save_images)
+        return
+    check_masked_sampler(sampler)
+    decoder = load_tokenizer(beside).to(target)
     backbone = backbone_of(opened, key="model")
     check_compatible(backbone, decoder)
     if isinstance(opened, OneStepGenerator):
@@ -104,15 +132,35 @@ def sample(
             common: dict[str, Any] = {"steps": steps, "schedule": schedule, "guidance": guidance}
             chosen = (
                 MaskGITSampler(**common, temperature=temperature, confidence_noise=confidence_noise)
-                if sampler == "maskgit"
+                if sampler in (None, "maskgit")
                 else HaltonSampler(**common, temperature=temperature)
             )
         tokens_of = teacher_tokens(backbone, chosen)
     wanted = wanted_conditions(backbone, n=n, labels=labels, prompts=prompts_of(prompts, prompt_file))
     check_writable(Path(out))
     result = generate(tokens_of, decoder, wanted, seed=seed, batch_size=batch_size, progress="sampling")
-    _write(result.images, Path(out), columns=columns, save_images=save_images)
-    print(f"{n} images in {result.seconds:.2f} s of sampling: {Path(out) / 'grid.png'}")
+    _write(result, Path(out), columns=columns, save_images=save_images)
+
+
+def flow_method(sampler: str | None) -> Method:
+    """The method of a SiT's sampler; Heun's by default.
+
+    Raises:
+        ValueError: If it is a sampler of masked models.
+    """
+    if sampler not in (None, *get_args(Method)):
+        raise ValueError(f"sampler: expected one of {', '.join(get_args(Method))} for a SiT, got {sampler!r}")
+    return "euler" if sampler == "euler" else "heun"
+
+
+def check_masked_sampler(sampler: str | None) -> None:
+    """Refuse a SiT's sampler for another model.
+
+    Raises:
+        ValueError: Naming it.
+    """
+    if sampler in get_args(Method):
+        raise ValueError(f"sampler: expected {sampler} with a SiT alone, got another model")
 
 
 def prompts_of(prompts: Sequence[str] | None, prompt_file: str | None) -> Sequence[str] | None:
@@ -235,11 +283,13 @@ def check_positive(**counts: int) -> None:
             raise ValueError(f"{name}: expected at least 1, got {value}")
 
 
-def _write(images: Tensor, folder: Path, *, columns: int, save_images: bool) -> None:
+def _write(made: Generated, folder: Path, *, columns: int, save_images: bool) -> None:
+    images = made.images
     save_grid(images[: columns * columns], folder / "grid.png", columns=columns)
     if save_images:
         for index, image in enumerate(images):
             save_image(image, folder / "images" / f"{index:05d}.png")
+    print(f"{len(images)} images in {made.seconds:.2f} s of sampling: {folder / 'grid.png'}")
 
 
 def main(args: list[str] | None = None) -> None:

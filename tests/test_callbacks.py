@@ -63,10 +63,11 @@ def _data() -> Labels:
     return Labels(num_classes=3, batch_size=8)
 
 
-def test_average_follows_the_formula_and_is_exported(tmp_path: Path) -> None:
+@pytest.mark.parametrize("device", [None, "cpu"])
+def test_average_follows_the_formula_and_is_exported(device: str | None, tmp_path: Path) -> None:
     module, recorder = _module(), _Recorder()
     start = module.student.model.state_dict()["head.weight"].clone()
-    trainer = _trainer(StudentEMA(decay=0.5), recorder, ExportModel(run_dir=str(tmp_path)))
+    trainer = _trainer(StudentEMA(decay=0.5, device=device), recorder, ExportModel(run_dir=str(tmp_path)))
 
     trainer.fit(module, datamodule=_data())
 
@@ -154,9 +155,11 @@ def test_nothing_trained_leaves_the_model_as_it_was(tmp_path: Path) -> None:
     assert not (tmp_path / "model").exists()
 
 
-def test_decay_outside_its_range() -> None:
+def test_settings_outside_their_range() -> None:
     with pytest.raises(ValueError, match=r"StudentEMA.decay: expected a number in \[0, 1\), got 1.0"):
         StudentEMA(decay=1.0)
+    with pytest.raises(ValueError, match=r"^StudentEMA.device: expected a device of torch, got 'nowhere'$"):
+        StudentEMA(device="nowhere")
 
 
 def test_averaging_inside_validation_leaves_the_average_in_place(tmp_path: Path) -> None:

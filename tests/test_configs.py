@@ -42,6 +42,7 @@ def test_there_are_recipes() -> None:
         "imagenet256",
         "openmoji",
         "shapes",
+        "softvq",
         "text_to_image",
         "tteo",
     }

@@ -10,10 +10,14 @@ from torch import nn
 
 from distill import GAN, DiMO, SoftDiMO
 from softgen import load_generator
-from softgen.callbacks import MemoryPlan, memory_plan
+from softgen.callbacks import MemoryPlan, StudentEMA, memory_plan
+from softgen.callbacks.memory import average_beside
 from softgen.data import Labels
-from softgen.models import MaskedTransformer, MaskGIT
+from softgen.models import MaskedTransformer, MaskGen, MaskGIT
+from softgen.models.pretrained_text import openai_clip_text
 from softgen.testing import ToyMaskedModel, ToyTokenizer, count_calls
+from tests.models.text_towers import save_clip_text
+from tests.test_convert_text import MASKGEN
 
 
 def teacher() -> MaskedTransformer:
@@ -42,7 +46,8 @@ def test_every_part_is_counted_in_bytes() -> None:
     assert (student.name, student.parameters, student.weights) == ("student", numbers, 4 * numbers)
     assert student.gradients == 4 * (numbers - held)
     assert student.optimizer == 2 * student.gradients
-    assert student.average == 4 * numbers
+    assert student.average == student.gradients  # what is frozen needs none
+    assert memory_plan(stage, averaged=False)[0].average == 0
     assert auxiliary.average == 0
     assert auxiliary.gradients > 0
     assert (frozen.name, frozen.weights, frozen.total) == ("teacher (frozen)", 4 * numbers, 4 * numbers)
@@ -57,6 +62,51 @@ def test_a_teacher_in_bfloat16_is_half_as_large_and_its_copies_are_not() -> None
     assert 2 * memory_plan(half)[2].weights == memory_plan(whole)[2].weights
     with pytest.raises(ValueError, match=r"^model.frozen_dtype: expected bfloat16 with precision bf16-mixed alone"):
         trainer().fit(half, datamodule=Labels(num_classes=3, batch_size=2))
+
+
+@pytest.mark.filterwarnings("ignore:text encoder")
+def test_text_towers_are_counted_once_and_opened_for_it(tmp_path: Path) -> None:
+    source = str(save_clip_text(tmp_path))
+    encoder = openai_clip_text(source, layer=-2, length=7, width=16, pooled_width=16)
+    read = MaskGen(**MASKGEN, text_encoder=encoder)
+    plan = memory_plan(SoftDiMO(teacher=read, objectives=[DiMO()], frozen_dtype="bfloat16"))
+    assert [part.name for part in plan] == [
+        "student",
+        "auxiliary",
+        "teacher (frozen)",
+        "text tower of teacher (frozen)",
+    ]
+    tower = encoder.tower()
+    # Buffers of whole numbers, the positions, stay as they are.
+    numbers = sum(parameter.numel() for parameter in tower.parameters())
+    assert plan[-1].weights == 2 * numbers + sum(buffer.nbytes for buffer in tower.buffers())
+    assert plan[-1].gradients == plan[-1].average == 0
+
+
+def test_a_text_tower_that_is_missing_ends_the_run_before_it_starts() -> None:
+    absent = openai_clip_text("/no/such/folder", layer=-2, length=7, width=16, pooled_width=16)
+    stage = SoftDiMO(teacher=MaskGen(**{**MASKGEN, "text_encoder": absent}), objectives=[DiMO(guidance=1)])
+    with pytest.raises(ValueError, match=r"^text_encoder.source: expected a text model in '/no/such/folder', got an"):
+        memory_plan(stage)
+
+
+@pytest.mark.parametrize(("callbacks", "averaged"), [([], 0), ([StudentEMA()], 1), ([StudentEMA(device="meta")], 0)])
+def test_the_average_is_counted_where_it_is(callbacks: list[Any], averaged: int) -> None:
+    stage = SoftDiMO(teacher=teacher(), objectives=[DiMO()])
+    plan = memory_plan(stage, averaged=average_beside(trainer(callbacks=callbacks), stage))
+    assert plan[0].average == averaged * plan[0].gradients
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_casts_of_autocast_are_kept_where_activations_are(recomputed: bool) -> None:
+    stage = recomputing(checkpoint_activations=recomputed)
+    batch = {"ordinal": [0, 1], "label": torch.tensor([0, 2]), "token": torch.tensor([[0, 1, 2, 0], [2, 2, 1, 0]])}
+    seen = []
+    stage.student.register_forward_hook(lambda *_: seen.append(torch.is_autocast_cache_enabled()))
+    with pytest.warns(UserWarning, match="You are trying to `self.log"):
+        stage.training_step(batch, 0)
+    assert seen == [not recomputed]
+    assert torch.is_autocast_cache_enabled()
 
 
 def test_the_plan_is_printed_before_training(capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,7 +18,7 @@ from softgen.models.base import MaskedDiffusionModel
 from softgen.models.text import freeze_text_encoder
 from softgen.pretrained import Pretrained
 from softgen.tokenizers.base import ImageTokenizer
-from softgen.training.optimization import OptimizerConfig, ParameterGroup
+from softgen.training.optimization import OptimizerConfig, ParameterGroup, hidden_matrices
 from softgen.training.targets import hard_cross_entropy
 
 
@@ -157,7 +157,9 @@ class DiMO(Objective):
     def parameter_groups(self) -> Iterable[ParameterGroup]:
         """One group, `auxiliary`."""
         config = self.auxiliary_optimizer or self.default_optimizer
-        yield ParameterGroup("auxiliary", list(self.auxiliary.parameters()), config)
+        yield ParameterGroup(
+            "auxiliary", list(self.auxiliary.parameters()), config, matrices=hidden_matrices(self.auxiliary)
+        )
 
     def exports(self) -> Mapping[str, Pretrained]:
         """The auxiliary model."""

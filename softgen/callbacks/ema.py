@@ -20,12 +20,20 @@ class StudentEMA(Callback):
 
     Args:
         decay: In [0, 1); the average of step t uses min(decay, (1 + t) / (10 + t)).
+        device: Where the average is kept, such as `cpu`, which frees as much of an accelerator's memory as the product
+            takes and costs a copy of its weights an optimizer step; by default where the weights are.
     """
 
-    def __init__(self, *, decay: float = 0.9999) -> None:
+    def __init__(self, *, decay: float = 0.9999, device: str | None = None) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"StudentEMA.decay: expected a number in [0, 1), got {decay}")
+        if device is not None:
+            try:
+                torch.device(device)
+            except RuntimeError as error:
+                raise ValueError(f"StudentEMA.device: expected a device of torch, got {device!r}") from error
         self.decay = decay
+        self.device = device
         self.updates = 0
         self._last_step = 0
         self._average: dict[str, Tensor] = {}
@@ -35,8 +43,8 @@ class StudentEMA(Callback):
         """Start from the current weights, or from those that a checkpoint restored."""
         live = _floating(pl_module)
         if not self._average:
-            self._average = {name: value.detach().clone() for name, value in live.items()}
-        self._average = {name: self._average[name].to(value.device) for name, value in live.items()}
+            self._average = {name: self._copied(value) for name, value in live.items()}
+        self._average = {name: self._average[name].to(self.device or value.device) for name, value in live.items()}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The step to count from; a resumed run knows it only now."""
@@ -50,7 +58,11 @@ class StudentEMA(Callback):
         self._last_step = trainer.global_step
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         live = _floating(pl_module)
-        torch._foreach_lerp_([self._average[name] for name in live], list(live.values()), 1 - decay)
+        if self.device is None:
+            torch._foreach_lerp_([self._average[name] for name in live], list(live.values()), 1 - decay)
+        else:
+            for name, value in live.items():
+                self._average[name].lerp_(value.to(self.device), 1 - decay)
         self.updates += 1
 
     @contextmanager
@@ -64,11 +76,14 @@ class StudentEMA(Callback):
             if not already:
                 self._swap_out(pl_module)
 
+    def _copied(self, value: Tensor) -> Tensor:
+        return value.detach().to(self.device or value.device, copy=True)
+
     def _swap_in(self, pl_module: LightningModule) -> None:
         if not self._average or self._raw is not None:
             return
         live = _floating(pl_module)
-        self._raw = {name: value.detach().clone() for name, value in live.items()}
+        self._raw = {name: self._copied(value) for name, value in live.items()}
         _copy_into(live, self._average)
         _product(pl_module).on_weights_averaged()
 

@@ -25,18 +25,16 @@ from softgen.data.shape_layout import LAYOUT_DRAWS, lay_out
 from softgen.data.split import SPLIT_SEED
 from softgen.random import SampleRandom, derive_seed
 
-_COLOUR_JITTER = 0.05
-_GREY_JITTER = 0.05
-_TINT_JITTER = 0.015
+_COLOUR_JITTER = 0.015
 
-# Places and radii are multiples of these fractions of the side (2 pixels and half a pixel at 32): what little models
-# can learn at this scale is what goes together, not the sub-pixel geometry of every edge.
-_CENTRE_STEP = 1 / 16
-_RADIUS_STEP = 1 / 64
+# Places and radii are multiples of these fractions of the side (4 pixels and 1 pixel at 32), and backgrounds are exact:
+# what little models can learn at this scale is what goes together, not the geometry of every edge.
+_CENTRE_STEP = 1 / 8
+_RADIUS_STEP = 1 / 32
 
 # Radii in steps, by the number of objects: the smallest, the largest "small" and the smallest "large" one, the largest.
 # Two of the largest fit beside each other with all gaps.
-_RADII = torch.tensor(((10, 13, 18, 23), (10, 10, 12, 12), (10, 10, 11, 11), (10, 10, 11, 11)))
+_RADII = torch.tensor(((5, 6, 8, 8), (5, 5, 6, 6), (5, 5, 6, 6), (5, 5, 6, 6)))
 
 
 @dataclass(frozen=True)
@@ -112,8 +110,8 @@ class Shapes(ImageDataModule):
     Circles, squares, triangles, crosses and rings in six colours, apart from each other, on white, grey or black. A
     caption asks for one of GenEval's six tasks (arXiv 2310.11513) and may name sizes and the background; what it does
     not name is drawn at random. `ShapesGenEval` verifies pictures against captions. Prompts have at most 14 words of a
-    vocabulary of 38 (`softgen.data.scenes.shapes_vocabulary`). Centres lie on a grid of a sixteenth of the side, and
-    radii are multiples of a 64th.
+    vocabulary of 38 (`softgen.data.scenes.shapes_vocabulary`). Centres lie on a grid of an eighth of the side, and
+    radii are multiples of a 32nd; the colours jitter.
 
     About 15 % of each task's descriptions are held out, the same for every seed, template and order of words:
     training never shows them, validation and `shapes_prompts` show nothing else. Validation is the same for every seed.
@@ -216,13 +214,12 @@ class _Table:
 
     def pictures(self, rows: Tensor, draws: Tensor) -> Pictures:
         """Pictures that fit the descriptions at `rows` (B,), all else by uniform draws (B, _LOOKS_DRAWS)."""
-        layout, colour, rgb, size, level, tint, turns = torch.split(draws, _LOOKS, dim=1)
+        layout, colour, rgb, size, level, turns = torch.split(draws, _LOOKS, dim=1)
         kind = self.kind[rows]
         colour = torch.where(self.is_one_colour[rows, None], colour[:, :1], colour)
         colours = _stated_or(self.colour[rows], (colour * len(COLOURS)).long())
         jitter = (2 * rgb.view(-1, MAX_OBJECTS, 3) - 1) * _COLOUR_JITTER
         background = _stated_or(self.background[rows], (level[:, 0] * len(BACKGROUNDS)).long())
-        grey = BACKGROUND_GREY[background] + (2 * level[:, 1] - 1) * _GREY_JITTER
         radius = self._radii(rows, size) * (kind >= 0)
         return Pictures(
             kind=kind,
@@ -230,7 +227,7 @@ class _Table:
             rgb=(COLOUR_RGB[colours] + jitter).clamp(0, 1),
             centre=(self._centres(rows, radius, layout, turns) / _CENTRE_STEP).round() * _CENTRE_STEP,
             radius=radius,
-            background=(grey[:, None] + (2 * tint - 1) * _TINT_JITTER).clamp(0, 1),
+            background=BACKGROUND_GREY[background][:, None].repeat(1, 3),
         )
 
     def _radii(self, rows: Tensor, draws: Tensor) -> Tensor:
@@ -254,7 +251,7 @@ class _Table:
 
 
 # How the random draws of one picture are shared out, in the order of `_Table.pictures`.
-_LOOKS = [LAYOUT_DRAWS, MAX_OBJECTS, 3 * MAX_OBJECTS, MAX_OBJECTS, 2, 3, 3]
+_LOOKS = [LAYOUT_DRAWS, MAX_OBJECTS, 3 * MAX_OBJECTS, MAX_OBJECTS, 1, 3]
 _LOOKS_DRAWS = sum(_LOOKS)
 
 

@@ -13,6 +13,7 @@ from softgen.metrics.features import (
 )
 from softgen.metrics.frechet import FeatureStatistics, FrechetDistance, frechet_distance
 from softgen.metrics.image_quality import ImageQuality, image_quality
+from softgen.metrics.linear_probe import LinearProbe, linear_probe
 from softgen.metrics.precision_recall import PrecisionRecall, PrecisionRecallMetric, precision_recall
 from softgen.metrics.shape_detection import detect_shapes
 from softgen.metrics.shapes_geneval import ShapesGenEval, shapes_correct
@@ -26,6 +27,7 @@ __all__ = [
     "FrechetDistance",
     "ImageFeatures",
     "ImageQuality",
+    "LinearProbe",
     "PrecisionRecall",
     "PrecisionRecallMetric",
     "ShapesGenEval",
@@ -39,6 +41,7 @@ __all__ = [
     "extract_features",
     "frechet_distance",
     "image_quality",
+    "linear_probe",
     "metric_name",
     "precision_recall",
     "shapes_correct",

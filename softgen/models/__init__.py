@@ -10,6 +10,7 @@ from softgen.models.maskgit import MaskGIT
 from softgen.models.meissonic import Meissonic
 from softgen.models.open_clip_models import OpenCLIP
 from softgen.models.pretrained_text import PretrainedTextEncoder
+from softgen.models.sit import SiT
 from softgen.models.text import TextEncoder, WordTextEncoder
 from softgen.models.titok_generators import ImageBert, UViTBert
 from softgen.models.transformer import MaskedTransformer
@@ -30,6 +31,7 @@ __all__ = [
     "OneStepGenerator",
     "OpenCLIP",
     "PretrainedTextEncoder",
+    "SiT",
     "TextCondition",
     "TextEncoder",
     "UViTBert",

@@ -125,6 +125,30 @@ class FeedForward(nn.Module):
         return fed
 
 
+class LocalMixing(nn.Module):
+    """Each site takes from its eight neighbours on the grid: a 3x3 depthwise convolution, added to the input.
+
+    What lies beside what is then given from the first step, where attention has to learn it from positions.
+
+    Args:
+        width: Model width d.
+        grid: Sites a side.
+    """
+
+    def __init__(self, width: int, *, grid: int) -> None:
+        super().__init__()
+        self.grid = grid
+        self.convolution = nn.Conv2d(width, width, 3, padding=1, groups=width)
+        nn.init.normal_(self.convolution.weight, std=0.1)
+        nn.init.zeros_(self.convolution.bias)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, grid^2, d), row-major, to (B, grid^2, d)."""
+        batch, _, width = x.shape
+        mixed: Tensor = self.convolution(x.transpose(1, 2).reshape(batch, width, self.grid, self.grid))
+        return x + mixed.flatten(2).transpose(1, 2)
+
+
 class Modulation(nn.Module):
     """Shifts, scales and gates from the condition; starts as the identity (scale 1, gate 1, shift 0).
 
@@ -161,6 +185,7 @@ class TransformerBlock(nn.Module):
         activation: Name of the feed-forward's activation.
         causal: Whether a position sees itself and those before it alone.
         context_width: c, of the text states that the block looks at between the two; 0 for a block without.
+        mixing_grid: Sites a side of the grid on which `LocalMixing` precedes the feed-forward; 0 for a block without.
     """
 
     def __init__(
@@ -172,6 +197,7 @@ class TransformerBlock(nn.Module):
         activation: str,
         causal: bool = False,
         context_width: int = 0,
+        mixing_grid: int = 0,
     ) -> None:
         super().__init__()
         self.norm_attention = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
@@ -180,6 +206,7 @@ class TransformerBlock(nn.Module):
             self.norm_context = nn.LayerNorm(width, eps=1e-6)
             self.context_attention = CrossAttention(width, heads=heads, context_width=context_width)
         self.norm_mlp = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.mixing = LocalMixing(width, grid=mixing_grid) if mixing_grid else nn.Identity()
         self.mlp = FeedForward(width, hidden=int(width * mlp_ratio), activation=activation)
         self.modulation = Modulation(width, chunks=6)
 
@@ -203,7 +230,7 @@ class TransformerBlock(nn.Module):
         x = torch.addcmul(x, 1 + gate_a, attended)
         if context is not None:
             x = x + self.context_attention(self.norm_context(x), *context)
-        fed = self.mlp(modulate(self.norm_mlp(x), shift=shift_m, scale=scale_m))
+        fed = self.mlp(self.mixing(modulate(self.norm_mlp(x), shift=shift_m, scale=scale_m)))
         return torch.addcmul(x, 1 + gate_m, fed)
 
 

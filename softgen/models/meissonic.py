@@ -6,7 +6,7 @@ states, P image positions in the blocks: N / 4 where they are downsampled, else 
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,23 +18,25 @@ from softgen.checkpoints import build, diffusers_names, find_checkpoint, read_ch
 from softgen.models.base import ModelOutput
 from softgen.models.conditions import Condition
 from softgen.models.meissonic_parts import (
+    MICRO,
     SINUSOID,
     Downsample,
+    SoftPlacement,
     TimeText,
     TokenEmbedding,
     TokenHead,
     TwoLayers,
     Upsample,
+    check_sizes,
     rotation_angles,
     sinusoid,
+    sizes_of,
 )
 from softgen.models.mmdit import JointBlock, RMSNorm, Rotation, SingleBlock
 from softgen.models.pretrained_text import PretrainedTextEncoder
 from softgen.models.prompted import PromptedModel
 from softgen.models.text import TextEncoder
 from softgen.relaxation import expected_embedding
-
-SoftPlacement = Literal["lookup", "post_embed"]
 
 PUBLISHED_NEGATIVE_PROMPT = (
     "worst quality, low quality, low res, blurry, distortion, watermark, logo, signature, text, jpeg artifacts, "
@@ -44,7 +46,6 @@ PUBLISHED_NEGATIVE_PROMPT = (
 _PUBLISHED = "MeissonFlow/Meissonic"
 _PUBLISHED_TEXT: dict[str, Any] = {"length": 77, "width": 1024, "pooled_width": 1024}
 _PIXELS = 16  # a side of a token, of its tokenizer
-_MICRO = 5
 
 
 class Meissonic(PromptedModel):
@@ -66,9 +67,11 @@ class Meissonic(PromptedModel):
         vocab_size: Rows of the table; the last one is the mask.
         codebook_size: K, the first rows of the table.
         downsample: Whether the blocks see every 2x2 tokens as one position, as at 1024 pixels.
+        guidance_embeds: Whether the model is told a scale of guidance, which no published one is.
         soft_placement: Where expected embeddings are taken: at the `lookup`, before its norm, or `post_embed`, of the
             vectors that leave the embedding.
         timestep: That the model is told by default, multiplied by 1000 inside; Di[M]O's authors pass 0.
+        guidance_scale: That it is told by default with `guidance_embeds`, multiplied by 1000 inside.
         micro_conditions: Width, height, crop left, crop top in pixels, aesthetic score, that it is told by default;
             without them those of uncropped images of this size, score 6.
         text_encoder: Reads the prompts; its states are those before the last layer.
@@ -94,8 +97,10 @@ class Meissonic(PromptedModel):
         vocab_size: int = 8256,
         codebook_size: int = 8192,
         downsample: bool = True,
+        guidance_embeds: bool = False,
         soft_placement: SoftPlacement = "lookup",
         timestep: float = 0.0,
+        guidance_scale: float = 1.0,
         micro_conditions: Sequence[float] | None = None,
         text_encoder: TextEncoder | None = None,
         negative_prompt: str = "",
@@ -116,15 +121,17 @@ class Meissonic(PromptedModel):
             "vocab_size": vocab_size,
             "codebook_size": codebook_size,
             "downsample": downsample,
+            "guidance_embeds": guidance_embeds,
             "soft_placement": soft_placement,
             "timestep": timestep,
+            "guidance_scale": guidance_scale,
             "micro_conditions": micro,
             "text_encoder": text_encoder,
             "negative_prompt": negative_prompt,
             "negative_length": negative_length,
             "checkpoint_activations": checkpoint_activations,
         }
-        _check(config, width=width)
+        check_sizes(config, width=width)
         super().__init__(
             text_encoder=text_encoder,
             negative_prompt=negative_prompt,
@@ -139,6 +146,7 @@ class Meissonic(PromptedModel):
         self.embedding_dim, self.num_layers = width, num_layers + num_single_layers
         self.downsample, self.soft_placement = downsample, soft_placement
         self.timestep, self.micro_conditions = float(timestep), tuple(float(value) for value in micro)
+        self.guidance_embeds, self.guidance_scale = guidance_embeds, float(guidance_scale)
         self.checkpoint_activations = checkpoint_activations
         self._rotations: dict[tuple[int, torch.device], Rotation] = {}
 
@@ -146,8 +154,8 @@ class Meissonic(PromptedModel):
         self.embedder = TokenEmbedding(vocab_size, width)
         self.context_embedder = nn.Linear(joint_attention_dim, width)
         self.encoder_proj_layer_norm = RMSNorm(width)
-        self.cond_embed = TwoLayers(_MICRO * SINUSOID + width, width, bias=False)
-        self.time_text_embed = TimeText(width)
+        self.cond_embed = TwoLayers(MICRO * SINUSOID + width, width, bias=False)
+        self.time_text_embed = TimeText(width, guided=guidance_embeds)
         if downsample:
             self.down_block = nn.ModuleDict({"downsample": Downsample(width)})
             self.up_block = nn.ModuleDict({"upsample": Upsample(width)})
@@ -174,6 +182,7 @@ class Meissonic(PromptedModel):
         codebook_size: int | None = None,
         soft_placement: SoftPlacement = "lookup",
         timestep: float = 0.0,
+        guidance_scale: float = 1.0,
         micro_conditions: Sequence[float] | None = None,
         text_encoder: TextEncoder | str | None = None,
         negative_prompt: str = PUBLISHED_NEGATIVE_PROMPT,
@@ -191,6 +200,7 @@ class Meissonic(PromptedModel):
             codebook_size: Checked against the checkpoint, which tells it.
             soft_placement: As of the class.
             timestep: As of the class.
+            guidance_scale: As of the class.
             micro_conditions: As of the class.
             text_encoder: Its folder or hub id; by default that of the source, in `text_encoder` and `tokenizer`, else
                 for sizes of the published model the one in its hub repository, opened when it is first needed.
@@ -203,7 +213,7 @@ class Meissonic(PromptedModel):
         """
         path = find_checkpoint(source, key=key, names=diffusers_names("transformer"))
         state = _renamed(read_checkpoint(path, key=key))
-        arguments = _sizes(state)
+        arguments = sizes_of(state)
         if codebook_size is not None and arguments.get("codebook_size", codebook_size) != codebook_size:
             expected = arguments["codebook_size"]
             raise ValueError(f"{key}.codebook_size: expected {expected} as the checkpoint, got {codebook_size}")
@@ -213,6 +223,7 @@ class Meissonic(PromptedModel):
             "grid": [side, side] if grid is None else list(grid),
             "soft_placement": soft_placement,
             "timestep": timestep,
+            "guidance_scale": guidance_scale,
             "micro_conditions": micro_conditions,
             "text_encoder": _open_text(source, path, text_encoder, state),
             "negative_prompt": negative_prompt,
@@ -254,6 +265,7 @@ class Meissonic(PromptedModel):
         condition: Condition,
         *,
         timestep: Tensor | float | None = None,
+        guidance_scale: Tensor | float | None = None,
         micro_conditions: Tensor | None = None,
         taps: Sequence[int] = (),
     ) -> ModelOutput:
@@ -264,12 +276,15 @@ class Meissonic(PromptedModel):
             condition: B samples.
             timestep: Multiplied by 1000 inside: a number, or (1,), or (B,). The published sampler passes the steps that
                 are left, training passed 1000 times the share of masks.
+            guidance_scale: As the timestep; ignored without `guidance_embeds`.
             micro_conditions: Width, height, crop left, crop top, aesthetic score, (B, 5).
             taps: Layers, those with two streams first.
         """
         states, pooled = self.read(condition)
         dtype = self.project_to_hidden.weight.dtype
-        told = self._told(pooled.to(dtype), timestep=timestep, micro_conditions=micro_conditions)
+        told = self._told(
+            pooled.to(dtype), timestep=timestep, guidance_scale=guidance_scale, micro_conditions=micro_conditions
+        )
         context = self.encoder_proj_layer_norm(self.context_embedder(states.to(dtype)))
         x = embeddings.unflatten(1, self.grid)  # type: ignore[no-untyped-call]
         if self.downsample:
@@ -296,16 +311,23 @@ class Meissonic(PromptedModel):
             self._rotations[text_length, device] = found
         return found
 
-    def _told(self, pooled: Tensor, *, timestep: Tensor | float | None, micro_conditions: Tensor | None) -> Tensor:
+    def _told(
+        self,
+        pooled: Tensor,
+        *,
+        timestep: Tensor | float | None,
+        guidance_scale: Tensor | float | None,
+        micro_conditions: Tensor | None,
+    ) -> Tensor:
         """What modulates the blocks, (B, D)."""
         if micro_conditions is None:
             micro_conditions = pooled.new_tensor(self.micro_conditions, dtype=torch.float32).expand(len(pooled), -1)
         micro = sinusoid(micro_conditions).flatten(1).to(pooled.dtype)
-        given = self.timestep if timestep is None else timestep
-        time = torch.as_tensor(given, dtype=torch.float32, device=pooled.device).reshape(-1) * 1000
-        told: Tensor = self.time_text_embed(
-            sinusoid(time).to(pooled.dtype), self.cond_embed(torch.cat([pooled, micro], dim=-1))
-        )
+        time = _numbers(self.timestep if timestep is None else timestep, pooled)
+        scale = None
+        if self.guidance_embeds:
+            scale = _numbers(self.guidance_scale if guidance_scale is None else guidance_scale, pooled)
+        told: Tensor = self.time_text_embed(time, self.cond_embed(torch.cat([pooled, micro], dim=-1)), scale)
         return told
 
     def _blocks(
@@ -338,24 +360,10 @@ class Meissonic(PromptedModel):
         return grid.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2).flatten(1, 2)
 
 
-def _check(config: dict[str, Any], *, width: int) -> None:
-    grid, factor = config["grid"], 2 if config["downsample"] else 1
-    if len(grid) != 2 or any(size < factor or size % factor for size in grid):
-        expected = "two even numbers, since it downsamples" if factor == 2 else "two numbers of at least 1"
-        raise ValueError(f"model.grid: expected {expected}, got {grid}")
-    head, axes = config["attention_head_dim"], config["axes_dims_rope"]
-    if len(axes) != 3 or sum(axes) != head or any(size % 2 or size < 0 for size in axes):
-        raise ValueError(f"model.axes_dims_rope: expected three even numbers that sum to {head}, got {axes}")
-    if config["pooled_projection_dim"] != width:
-        got = config["pooled_projection_dim"]
-        raise ValueError(f"model.pooled_projection_dim: expected the width {width}, got {got}")
-    if config["soft_placement"] not in get_args(SoftPlacement):
-        raise ValueError(f"model.soft_placement: expected lookup or post_embed, got {config['soft_placement']!r}")
-    if config["vocab_size"] <= config["codebook_size"]:
-        codes = config["codebook_size"]
-        raise ValueError(f"model.vocab_size: expected more than the {codes} codes, got {config['vocab_size']}")
-    if len(config["micro_conditions"]) != _MICRO:
-        raise ValueError(f"model.micro_conditions: expected {_MICRO} numbers, got {config['micro_conditions']}")
+def _numbers(given: Tensor | float, like: Tensor) -> Tensor:
+    """Sinusoids (1 or B, 256) of 1000 times a number, (1,), or (B,)."""
+    scaled = torch.as_tensor(given, dtype=torch.float32, device=like.device).reshape(-1) * 1000
+    return sinusoid(scaled).to(like.dtype)
 
 
 def _renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -383,28 +391,3 @@ def _open_text(
     if context is None or context.shape != (_PUBLISHED_TEXT["width"], _PUBLISHED_TEXT["pooled_width"]):
         return None
     return PretrainedTextEncoder(_PUBLISHED, subfolder="text_encoder", **common, **_PUBLISHED_TEXT)
-
-
-def _sizes(state: dict[str, Tensor]) -> dict[str, Any]:
-    """The constructor's arguments that shapes tell; the defaults where the checkpoint is another family's."""
-    norm = "transformer_blocks.0.attn.norm_q.weight"
-    names = ("embedder.embeddings.weight", "context_embedder.weight", "mlm_layer.conv2.weight")
-    heads = norm if norm in state else "single_transformer_blocks.0.attn.norm_q.weight"
-    if not all(name in state for name in (*names, heads)):
-        return {}
-    table, context, head = (state[name] for name in names)
-    channels = state[heads].shape[0]
-
-    def count(pattern: str) -> int:
-        return next(index for index in range(len(state)) if pattern.format(index) not in state)
-
-    return {
-        "num_layers": count("transformer_blocks.{}.norm1.linear.weight"),
-        "num_single_layers": count("single_transformer_blocks.{}.norm.linear.weight"),
-        "attention_head_dim": channels,
-        "num_attention_heads": table.shape[1] // channels,
-        "joint_attention_dim": context.shape[1],
-        "vocab_size": table.shape[0],
-        "codebook_size": head.shape[0],
-        "downsample": "down_block.downsample.conv.weight" in state,
-    }

@@ -6,6 +6,7 @@ Shape legend: B batch, T text tokens, c width of a state, p width of the pooled 
 import importlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 import torch
@@ -108,6 +109,10 @@ class PretrainedTextEncoder(TextEncoder):
         states, pooled = tower.encode(ids, mask, seen=seen, layer=self._layer)
         return TextCondition.of(states, mask, pooled)
 
+    def tower(self) -> nn.Module:
+        """See the base class; copies of a model have the same."""
+        return self._open().model
+
     def problems(self, prompts: Sequence[str]) -> PromptProblems:
         """See the base class; subwords leave no word unknown."""
         # A token is a byte at least, and two mark the ends: most prompts are short without being tokenised again.
@@ -196,7 +201,8 @@ class _TransformersTower(_Tower):
         return states, pooled
 
     def count_long(self, prompts: list[str], *, length: int) -> int:
-        return sum(len(ids) > length for ids in self._tokenizer(prompts)["input_ids"])
+        # It has a warning of its own, without a count.
+        return sum(len(ids) > length for ids in self._tokenizer(prompts, verbose=False)["input_ids"])
 
 
 class _OpenCLIPTower(_Tower):
@@ -223,6 +229,9 @@ class _OpenCLIPTower(_Tower):
 def _open_transformers(source: str, subfolder: str, *, quick_gelu: bool) -> _Tower:
     transformers = _import("transformers", source, package="transformers")
     try:
+        folder = Path(source, subfolder)
+        if (Path(source).is_absolute() or Path(source).is_dir()) and not folder.is_dir():
+            raise FileNotFoundError(f"there is no folder {folder}")  # the library takes it for a hub id
         config = transformers.AutoConfig.from_pretrained(source, subfolder=subfolder)
         is_clip, text = config.model_type in ("clip", "clip_text_model"), getattr(config, "text_config", config)
         family: Any = transformers.AutoModel

@@ -101,13 +101,10 @@ class PromptedModel(MaskedDiffusionModel):
         """
         assert isinstance(condition, TextCondition)
         states, pooled = condition.states, condition.pooled
-        negative = self._negative(states)
-        if negative is None:
-            if bool(condition.dropped.any()):
-                raise ValueError(
-                    "guidance: expected a text encoder or a stored negative prompt for the null condition, got neither"
-                )
+        # A text tower is opened for what is really dropped: a student never asks for it.
+        if not self._has_negative_at_hand(states) and not bool(condition.dropped.any()):
             return states, pooled
+        negative = self._negative(states)
         if negative[0].shape[0] != states.shape[1]:
             raise ValueError(
                 f"conditions: expected {negative[0].shape[0]} text tokens as the negative prompt has, "
@@ -116,13 +113,19 @@ class PromptedModel(MaskedDiffusionModel):
         dropped = condition.dropped.unsqueeze(-1)
         return torch.where(dropped.unsqueeze(-1), negative[0], states), torch.where(dropped, negative[1], pooled)
 
-    def _negative(self, like: Tensor) -> tuple[Tensor, Tensor] | None:
+    def _has_negative_at_hand(self, like: Tensor) -> bool:
+        kept = self._negative_cache
+        return self._stored or (kept is not None and kept.states.device == like.device)
+
+    def _negative(self, like: Tensor) -> tuple[Tensor, Tensor]:
         if self._stored:
             return self.negative_states.to(like), self.negative_pooled.to(like)
         if self.text is None:
-            return None
+            raise ValueError(
+                "guidance: expected a text encoder or a stored negative prompt for the null condition, got neither"
+            )
         kept = self._negative_cache
-        if kept is None or kept.states.device != like.device:
+        if kept is None or not self._has_negative_at_hand(like):
             # Kept for training too, where tensors made in inference mode cannot enter.
             with torch.inference_mode(mode=False), torch.no_grad():
                 kept = self.text([self.negative_prompt]).to(like.device)

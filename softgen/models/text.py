@@ -59,6 +59,14 @@ class TextEncoder(Pretrained, ABC):
     def problems(self, prompts: Sequence[str]) -> PromptProblems:
         """What of these prompts is lost."""
 
+    def tower(self) -> nn.Module | None:
+        """What it reads with and does not hold as its own, such as a published tower, which is opened for it; or None.
+
+        Raises:
+            ValueError: The tower cannot be opened.
+        """
+        return None
+
     def warn_of_problems(self, prompts: Sequence[str]) -> None:
         """Say once, with the count, that prompts are cut, and once that words are unknown."""
         found = self.problems(prompts)

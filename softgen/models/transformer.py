@@ -1,5 +1,6 @@
 """The native masked diffusion model: a bidirectional transformer over image tokens."""
 
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -38,6 +39,8 @@ class MaskedTransformer(MaskedDiffusionModel):
         null_condition: Whether the model learns an unconditional branch, as guidance needs.
         checkpoint_activations: Recompute each block in the backward pass instead of keeping its activations.
         text_encoder: Of a text-conditional model, which has no classes. Trained along, unless it is frozen.
+        local_mixing: Whether every block mixes neighbouring sites of a square grid by a 3x3 depthwise convolution.
+            Small models learn images much faster with it.
     """
 
     def __init__(
@@ -54,6 +57,7 @@ class MaskedTransformer(MaskedDiffusionModel):
         null_condition: bool = True,
         checkpoint_activations: bool = False,
         text_encoder: TextEncoder | None = None,
+        local_mixing: bool = False,
     ) -> None:
         super().__init__()
         check_transformer(
@@ -65,6 +69,8 @@ class MaskedTransformer(MaskedDiffusionModel):
             heads=heads,
             activation=activation,
         )
+        if local_mixing and math.isqrt(num_sites) ** 2 != num_sites:
+            raise ValueError(f"model.num_sites: expected a square for local_mixing, got {num_sites}")
         if text_encoder is not None and num_classes:
             raise ValueError(f"model.num_classes: expected 0 beside a text encoder, got {num_classes}")
         self.config = {
@@ -79,6 +85,7 @@ class MaskedTransformer(MaskedDiffusionModel):
             "null_condition": null_condition,
             "checkpoint_activations": checkpoint_activations,
             "text_encoder": text_encoder,
+            "local_mixing": local_mixing,
         }
         self.num_codes, self.num_sites, self.num_tokens = num_codes, num_sites, num_sites
         self.num_classes, self.num_layers, self.embedding_dim = num_classes, depth, width
@@ -100,7 +107,12 @@ class MaskedTransformer(MaskedDiffusionModel):
             self.null_pooled = nn.Parameter(torch.randn(width))
         self.blocks = nn.ModuleList(
             TransformerBlock(
-                width, heads=heads, mlp_ratio=mlp_ratio, activation=activation, context_width=context_width
+                width,
+                heads=heads,
+                mlp_ratio=mlp_ratio,
+                activation=activation,
+                context_width=context_width,
+                mixing_grid=math.isqrt(num_sites) if local_mixing else 0,
             )
             for _ in range(depth)
         )

@@ -50,6 +50,11 @@ class EMACodebook(nn.Module):
             return (latents @ self.codes.T).argmax(dim=-1)
 
     @torch.no_grad()
+    def normalise(self) -> None:
+        """Make codes unit vectors again, after something moved them."""
+        self.codes.copy_(F.normalize(self.codes, dim=-1))
+
+    @torch.no_grad()
     def reset_to(self, latents: Tensor) -> None:
         """Start over from latents (n, D); n >= K of them become the codes, fewer are repeated."""
         rows = broadcast_from_rank_zero(latents)

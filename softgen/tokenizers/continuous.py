@@ -3,12 +3,17 @@
 Shape legend: B batch, L latent tokens, D latent dimension.
 """
 
+import math
 from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from softgen.pretrained import Pretrained
+
+if TYPE_CHECKING:
+    from softgen.models.conditions import Asked
 
 
 class ContinuousTokenizer(Pretrained, ABC):
@@ -52,6 +57,23 @@ class ContinuousTokenizer(Pretrained, ABC):
     def denormalise(self, latents: Tensor) -> Tensor:
         """The inverse of `normalise`."""
         return latents * self.latent_std + self.latent_mean
+
+    def set_statistics(self, *, mean: float, std: float) -> None:
+        """What generators subtract from latents and divide them by; saved with the tokenizer.
+
+        Raises:
+            ValueError: If the mean is not finite, or the deviation not finite and above 0.
+        """
+        if not math.isfinite(mean):
+            raise ValueError(f"tokenizer.latent_mean: expected a finite number, got {mean}")
+        if not 0 < std < math.inf:
+            raise ValueError(f"tokenizer.latent_std: expected a finite number above 0, got {std}")
+        self.latent_mean, self.latent_std = mean, std
+        self.config |= {"latent_mean": mean, "latent_std": std}
+
+    def under(self, asked: "Asked") -> "ContinuousTokenizer":
+        """Itself: no continuous tokenizer's decoder looks at labels or prompts."""
+        return self
 
     def check_images(self, images: Tensor) -> None:
         """Refuse images of another shape.

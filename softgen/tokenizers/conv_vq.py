@@ -33,6 +33,26 @@ class ResidualBlock(nn.Module):
         return x + h
 
 
+class PatchBlock(nn.Module):
+    """Layer norm over channels, 1x1 convolution, SiLU, 1x1 convolution, with a shortcut: no site sees another.
+
+    Args:
+        channels: Channels in and out.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(channels)
+        self.conv1 = nn.Conv2d(channels, 2 * channels, 1)
+        self.conv2 = nn.Conv2d(2 * channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, h, w) to the same shape."""
+        normed = self.norm(x.movedim(1, -1)).movedim(-1, 1)
+        h: Tensor = self.conv2(F.silu(self.conv1(normed)))
+        return x + h
+
+
 class ConvVQTokenizer(ImageTokenizer):
     """Convolutional encoder and decoder around a codebook of unit vectors.
 
@@ -55,6 +75,7 @@ class ConvVQTokenizer(ImageTokenizer):
         channels: Sequence[int] = (32, 64, 64),
         res_blocks: int = 1,
         patch_size: int = 1,
+        patchwise: bool = False,
     ) -> None:
         super().__init__()
         if patch_size < 1:
@@ -75,12 +96,17 @@ class ConvVQTokenizer(ImageTokenizer):
             "channels": list(channels),
             "res_blocks": res_blocks,
             "patch_size": patch_size,
+            "patchwise": patchwise,
         }
         self.image_size, self.num_codes, self.code_dim = image_size, num_codes, code_dim
         self.grid = image_size // factor
         self.num_sites = self.grid**2
         self.distance = "l2"
-        self.encoder = _encoder(channels, code_dim=code_dim, res_blocks=res_blocks, patch_size=patch_size)
+        self.encoder = (
+            _patch_encoder(channels[-1], code_dim=code_dim, blocks=res_blocks * len(channels), patch_size=factor)
+            if patchwise
+            else _encoder(channels, code_dim=code_dim, res_blocks=res_blocks, patch_size=patch_size)
+        )
         self.quantizer = EMACodebook(num_codes=num_codes, code_dim=code_dim)
         self.decoder = _decoder(channels, code_dim=code_dim, res_blocks=res_blocks, patch_size=patch_size)
 
@@ -128,6 +154,16 @@ def _encoder(channels: Sequence[int], *, code_dim: int, res_blocks: int, patch_s
             layers.append(nn.Conv2d(channels[level - 1], width, 4, stride=2, padding=1))
         layers.extend(ResidualBlock(width) for _ in range(res_blocks))
     return nn.Sequential(*layers, nn.SiLU(), nn.Conv2d(channels[-1], code_dim, 1))
+
+
+def _patch_encoder(width: int, *, code_dim: int, blocks: int, patch_size: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.PixelUnshuffle(patch_size),
+        nn.Conv2d(3 * patch_size**2, width, 1),
+        *(PatchBlock(width) for _ in range(blocks)),
+        nn.SiLU(),
+        nn.Conv2d(width, code_dim, 1),
+    )
 
 
 def _decoder(channels: Sequence[int], *, code_dim: int, res_blocks: int, patch_size: int) -> nn.Sequential:

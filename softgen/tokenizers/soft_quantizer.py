@@ -125,6 +125,20 @@ class SoftQuantizer(nn.Module):
             total = total + self._means(residual, codes, "auto")
         return torch.stack(probs)
 
+    @torch.no_grad()
+    def codes(self, latents: Tensor) -> Tensor:
+        """The likeliest code of every latent in each codebook: (R G, B L / G) int64, of latents (B, L, D)."""
+        z, chosen = self._grouped(latents), []
+        total = torch.zeros_like(z)
+        for level, codes in enumerate(self._levels()):
+            residual = z - total
+            for rows, table in zip(residual, codes, strict=True):
+                blocks = torch.split(rows, self._rows())
+                chosen.append(torch.cat([self._scores(block, table).argmax(dim=-1) for block in blocks]))
+            if level + 1 < self.levels:
+                total = total + self._means(residual, codes, "auto")
+        return torch.stack(chosen)
+
     def kl(self, latents: Tensor) -> Tensor:
         """H(q(z)) - H(E q(z)), in nats, between -log K and 0; scalar. E is the mean over the latents given.
 
@@ -188,8 +202,7 @@ class SoftQuantizer(nn.Module):
             return expected_code(z, codes, tau=self.tau, impl=impl)
         if self.temperature == "learnable":
             return expected_code(z * sharpness, codes * sharpness, tau=1.0, embedding=codes, impl=impl)
-        blocks = [_recomputed(self._block_mean, rows, codes) for rows in torch.split(z, self._rows())]
-        return torch.cat(blocks)
+        return torch.cat(self._by_block(self._block_mean, z, codes))
 
     def _block_mean(self, z: Tensor, codes: Tensor) -> Tensor:
         return expected_embedding(probabilities(self._scores(z, codes)), codes)
@@ -203,9 +216,16 @@ class SoftQuantizer(nn.Module):
             # Not p log p: where p underflows, its gradient would be infinite.
             return -(probs * scores.log_softmax(dim=-1)).sum(), probs.sum(dim=0)
 
-        blocks = [_recomputed(sums, rows, codes) for rows in torch.split(z, self._rows())]
+        blocks = self._by_block(sums, z, codes)
         entropy, mean = (torch.stack(parts).sum(dim=0) / len(z) for parts in zip(*blocks, strict=True))
         return entropy, mean
+
+    def _by_block(self, function: Any, z: Tensor, codes: Tensor) -> list[Any]:
+        """`function(rows, codes)` of as many rows at a time as a dense matrix may have; of several, none is kept."""
+        blocks = torch.split(z, self._rows())
+        if len(blocks) == 1:
+            return [function(z, codes)]
+        return [_recomputed(function, rows, codes) for rows in blocks]
 
     def _rows(self) -> int:
         return max(1, DENSE_LIMIT // self.num_codes)

@@ -6,130 +6,46 @@ Shape legend: B batch, P patches, L latent tokens, W width, G groups, K codes, D
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from softgen.checkpoints import build, find_checkpoint, read_checkpoint, settings_beside
+from softgen.tokenizers.baseline_quantizers import HardQuantizer, NoQuantizer
 from softgen.tokenizers.continuous import ContinuousTokenizer
 from softgen.tokenizers.parts import check_vit_sizes, without_clash
+from softgen.tokenizers.scaled_vit import LAYER_SCALE, ScaledViT
 from softgen.tokenizers.soft_quantizer import SoftDistance, SoftQuantizer, Temperature
 
+Quantization = Literal["soft", "vq", "none"]
+
 _LARGE = {"width": 1024, "depth": 24, "heads": 16, "patch_size": 16}
-_SCALE_INIT = 1e-5
 # What a released file holds beyond the tokenizer: a loss's teacher and head, counts, and a part that nothing reads.
 _DROPPED = ("repa_model.", "projection.", "quantizer.codebook_used", "decoder.model.patch_embed.")
 
 
-class _Attention(nn.Module):
-    def __init__(self, width: int, *, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, length, width = x.shape
-        qkv = self.qkv(x).view(batch, length, 3, self.heads, width // self.heads)
-        attended = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4).unbind(0))
-        out: Tensor = self.proj(attended.transpose(1, 2).reshape(batch, length, width))
-        return out
-
-
-class _MLP(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(width, 4 * width)
-        self.fc2 = nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.fc2(F.gelu(self.fc1(x)))
-        return out
-
-
-class _Scale(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.gamma = nn.Parameter(torch.full((width,), _SCALE_INIT))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.gamma
-
-
-class _Block(nn.Module):
-    def __init__(self, width: int, *, heads: int) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=1e-6)
-        self.attn = _Attention(width, heads=heads)
-        self.ls1 = _Scale(width)
-        self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = _MLP(width)
-        self.ls2 = _Scale(width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.ls1(self.attn(self.norm1(x)))
-        x = x + self.ls2(self.mlp(self.norm2(x)))
-        return x
-
-
-class _PatchEmbed(nn.Module):
-    def __init__(self, width: int, *, patch_size: int) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(3, width, patch_size, stride=patch_size)
-
-    def forward(self, images: Tensor) -> Tensor:
-        patches: Tensor = self.proj(images).flatten(2).transpose(1, 2)
-        return patches
-
-
-class ScaledViT(nn.Module):
-    """A ViT with a class token and scaled residual branches, under timm's names, as DINOv2 has it.
-
-    Args:
-        image_size: Pixels a side.
-        patch_size: Pixels a side of a patch.
-        width: W.
-        depth: Number of blocks.
-        heads: Attention heads; divides W.
-        embeds: Whether it embeds patches; a decoder is given mask tokens instead.
-    """
-
-    def __init__(
-        self, *, image_size: int, patch_size: int, width: int, depth: int, heads: int, embeds: bool = True
-    ) -> None:
-        super().__init__()
-        self.num_patches = (image_size // patch_size) ** 2
-        self.cls_token = nn.Parameter(torch.randn(1, 1, width) * 0.02)
-        self.pos_embed = nn.Parameter(torch.randn(1, self.num_patches + 1, width) * 0.02)
-        if embeds:
-            self.patch_embed = _PatchEmbed(width, patch_size=patch_size)
-        self.blocks = nn.ModuleList(_Block(width, heads=heads) for _ in range(depth))
-        self.norm = nn.LayerNorm(width, eps=1e-6)
-
-    def forward(self, patches: Tensor, latents: Tensor | None = None) -> Tensor:
-        """States (B, 1 + P + L, W) of class token, embedded patches (B, P, W) and latents (B, L, W)."""
-        x = torch.cat([self.cls_token.expand(len(patches), -1, -1).to(patches.dtype), patches], dim=1) + self.pos_embed
-        if latents is not None:
-            x = torch.cat([x, latents.to(x.dtype)], dim=1)
-        for block in self.blocks:
-            x = block(x)
-        states: Tensor = self.norm(x)
-        return states
-
-    def features(self, images: Tensor) -> Tensor:
-        """States of the patches (B, P, W) of images (B, 3, H, W) in the model's own range."""
-        states: Tensor = self(self.patch_embed(images))
-        return states[:, 1:]
-
-
 class _Encoder(nn.Module):
     def __init__(
-        self, *, latent_tokens: int, image_size: int, patch_size: int, width: int, depth: int, heads: int
+        self,
+        *,
+        latent_tokens: int,
+        image_size: int,
+        patch_size: int,
+        width: int,
+        depth: int,
+        heads: int,
+        layer_scale: float,
     ) -> None:
         super().__init__()
-        self.model = ScaledViT(image_size=image_size, patch_size=patch_size, width=width, depth=depth, heads=heads)
+        self.model = ScaledViT(
+            image_size=image_size,
+            patch_size=patch_size,
+            width=width,
+            depth=depth,
+            heads=heads,
+            layer_scale=layer_scale,
+        )
         self.latent_tokens = nn.Parameter(torch.randn(1, latent_tokens, width) * 0.02)
         self.latent_pos_embed = nn.Parameter(torch.randn(1, latent_tokens, width) * 0.02)
 
@@ -156,11 +72,25 @@ class _Pixels(nn.Module):
 
 class _Decoder(nn.Module):
     def __init__(
-        self, *, latent_tokens: int, image_size: int, patch_size: int, width: int, depth: int, heads: int
+        self,
+        *,
+        latent_tokens: int,
+        image_size: int,
+        patch_size: int,
+        width: int,
+        depth: int,
+        heads: int,
+        layer_scale: float,
     ) -> None:
         super().__init__()
         self.model = ScaledViT(
-            image_size=image_size, patch_size=patch_size, width=width, depth=depth, heads=heads, embeds=False
+            image_size=image_size,
+            patch_size=patch_size,
+            width=width,
+            depth=depth,
+            heads=heads,
+            layer_scale=layer_scale,
+            embeds=False,
         )
         self.mask_token = nn.Parameter(torch.randn(1, 1, width) * 0.02)
         self.latent_pos_embed = nn.Parameter(torch.randn(1, latent_tokens, width) * 0.02)
@@ -188,6 +118,10 @@ class SoftVQ(ContinuousTokenizer):
         distance: `cosine` as released, `l2` as in the paper, or `dot`.
         tau: Above 0.
         temperature: `fixed`, `learnable` or `predicted` (GMMVQ).
+        quantization: `soft`; or, to compare with, `vq`: the nearest of K unit codes, or `none`: a plain autoencoder.
+            Those two have no groups, levels, distance, tau and temperature.
+        layer_scale: What the factors of the transformers' residual branches start at; the released 1e-5 learns slowly,
+            0.1 suits short runs.
         latent_mean: See `ContinuousTokenizer`.
         latent_std: See `ContinuousTokenizer`; above 0.
 
@@ -209,10 +143,16 @@ class SoftVQ(ContinuousTokenizer):
         distance: SoftDistance = "cosine",
         tau: float = 0.07,
         temperature: Temperature = "fixed",
+        quantization: Quantization = "soft",
+        layer_scale: float = LAYER_SCALE,
         latent_mean: float = 0.0,
         latent_std: float = 1.0,
     ) -> None:
         super().__init__()
+        if quantization not in get_args(Quantization):
+            raise ValueError(
+                f"tokenizer.quantization: expected one of {', '.join(get_args(Quantization))}, got {quantization!r}"
+            )
         sizes = {"encoder": {**_LARGE, **(encoder or {})}, "decoder": {**_LARGE, **(decoder or {})}}
         check_vit_sizes(sizes, image_size=image_size)
         if groups < 1 or num_latents % groups:
@@ -220,8 +160,8 @@ class SoftVQ(ContinuousTokenizer):
         for name, count in (("codebook_size", codebook_size), ("latent_dim", latent_dim)):
             if count < 1:
                 raise ValueError(f"tokenizer.{name}: expected at least 1, got {count}")
-        if not 0 < latent_std < math.inf:
-            raise ValueError(f"tokenizer.latent_std: expected a finite number above 0, got {latent_std}")
+        if not 0 <= layer_scale < math.inf:
+            raise ValueError(f"tokenizer.layer_scale: expected a finite number of at least 0, got {layer_scale}")
         self.config = {
             "image_size": image_size,
             "num_latents": num_latents,
@@ -233,25 +173,37 @@ class SoftVQ(ContinuousTokenizer):
             "distance": distance,
             "tau": tau,
             "temperature": temperature,
-            "latent_mean": latent_mean,
-            "latent_std": latent_std,
+            "quantization": quantization,
+            "layer_scale": layer_scale,
         }
         self.image_size, self.num_latents, self.latent_dim = image_size, num_latents, latent_dim
-        self.latent_mean, self.latent_std = latent_mean, latent_std
-        self.encoder = _Encoder(latent_tokens=num_latents, image_size=image_size, **sizes["encoder"])
-        self.decoder = _Decoder(latent_tokens=num_latents, image_size=image_size, **sizes["decoder"])
+        self.set_statistics(mean=latent_mean, std=latent_std)
+        common: dict[str, Any] = {
+            "latent_tokens": num_latents,
+            "image_size": image_size,
+            "layer_scale": layer_scale,
+        }
+        self.encoder = _Encoder(**common, **sizes["encoder"])
+        self.decoder = _Decoder(**common, **sizes["decoder"])
         self.quant_conv = nn.Linear(sizes["encoder"]["width"], latent_dim)
         self.post_quant_conv = nn.Linear(latent_dim, sizes["decoder"]["width"])
-        self.quantizer = SoftQuantizer(
-            num_codes=codebook_size,
-            code_dim=latent_dim,
-            groups=groups,
-            levels=levels,
-            distance=distance,
-            tau=tau,
-            temperature=temperature,
-            key="tokenizer",
-        )
+        self.quantization: Quantization = quantization
+        self.quantizer: SoftQuantizer | HardQuantizer | NoQuantizer
+        if quantization == "soft":
+            self.quantizer = SoftQuantizer(
+                num_codes=codebook_size,
+                code_dim=latent_dim,
+                groups=groups,
+                levels=levels,
+                distance=distance,
+                tau=tau,
+                temperature=temperature,
+                key="tokenizer",
+            )
+        elif quantization == "vq":
+            self.quantizer = HardQuantizer(num_codes=codebook_size, code_dim=latent_dim)
+        else:
+            self.quantizer = NoQuantizer()
 
     @classmethod
     def from_checkpoint(
@@ -292,6 +244,11 @@ class SoftVQ(ContinuousTokenizer):
         }
         return build(cls, arguments, state, key=key, dropped=_DROPPED, dtype=dtype)
 
+    def on_weights_averaged(self) -> None:
+        """Hard codes are unit vectors again."""
+        if isinstance(self.quantizer, HardQuantizer):
+            self.quantizer.codebook.normalise()
+
     def raw_latents(self, images: Tensor) -> Tensor:
         """Encoder outputs (B, L, D) before they are quantised."""
         self.check_images(images)
@@ -299,7 +256,7 @@ class SoftVQ(ContinuousTokenizer):
         return latents
 
     def encode(self, images: Tensor) -> Tensor:
-        """See the base class: expected codes."""
+        """See the base class: expected codes, or what `quantization` says."""
         latents: Tensor = self.quantizer(self.raw_latents(images))
         return latents
 

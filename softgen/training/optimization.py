@@ -13,7 +13,7 @@ Decay = Literal["constant", "linear", "cosine"]
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """Adam with decoupled weight decay, and how its learning rate moves.
+    """Adam with decoupled weight decay, alone or beside Muon, and how its learning rate moves.
 
     Attributes:
         lr: Peak learning rate; at least 0.
@@ -23,6 +23,9 @@ class OptimizerConfig:
         warmup_steps: Steps of linear warm-up from 0.
         decay: How the rate falls from the end of the warm-up to the last step.
         final_factor: Rate at the last step as a share of `lr`, for linear and cosine decay.
+        muon_lr: Peak learning rate of Muon (`torch.optim.Muon`), which then trains the matrices between a model's
+            embeddings and its output layer, in steps that are orthogonal matrices; Adam trains the rest. 0.02 suits
+            small models. None for Adam alone.
     """
 
     lr: float = 1e-4
@@ -32,6 +35,7 @@ class OptimizerConfig:
     warmup_steps: int = 0
     decay: Decay = "constant"
     final_factor: float = 0.0
+    muon_lr: float | None = None
 
     def check(self, *, key: str) -> None:
         """Refuse impossible settings.
@@ -51,6 +55,8 @@ class OptimizerConfig:
             raise ValueError(f"{key}.warmup_steps: expected at least 0, got {self.warmup_steps}")
         if self.decay not in get_args(Decay):
             raise ValueError(f"{key}.decay: expected one of {', '.join(get_args(Decay))}, got {self.decay!r}")
+        if self.muon_lr is not None and not 0 <= self.muon_lr < math.inf:
+            raise ValueError(f"{key}.muon_lr: expected a number of at least 0, got {self.muon_lr}")
         if not 0 <= self.final_factor <= 1:
             raise ValueError(f"{key}.final_factor: expected a number in [0, 1], got {self.final_factor}")
 
@@ -64,36 +70,94 @@ class ParameterGroup:
         parameters: Those with `requires_grad` are trained.
         config: The group's settings.
         first_step: Steps at the start in which the group is held: its schedule begins after them.
+        matrices: Those among the parameters that Muon trains where the settings ask for it, see `hidden_matrices`.
     """
 
     name: str
     parameters: Sequence[nn.Parameter]
     config: OptimizerConfig
     first_step: int = 0
+    matrices: Sequence[nn.Parameter] = ()
+
+
+def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
+    """The weights of a model's linear layers and attentions, but for its output layer, which is called `head`."""
+    matrices: list[nn.Parameter] = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] != "head":
+            matrices.append(module.get_parameter("weight"))
+        elif isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
+            matrices.append(module.get_parameter("in_proj_weight"))
+    return matrices
+
+
+class AdamWAndMuon(torch.optim.Optimizer):
+    """Two optimizers as one: their groups, state and steps together.
+
+    Args:
+        adamw: Over some parameters.
+        muon: Over others.
+    """
+
+    def __init__(self, adamw: torch.optim.AdamW, muon: torch.optim.Muon) -> None:
+        self._parts: tuple[torch.optim.Optimizer, ...] = (adamw, muon)
+        self._sizes = [len(part.param_groups) for part in self._parts]
+        super().__init__([group for part in self._parts for group in part.param_groups], {})
+        self._share()
+
+    def _share(self) -> None:
+        """Both work on this optimizer's groups and state."""
+        first = 0
+        for part, size in zip(self._parts, self._sizes, strict=True):
+            part.param_groups = self.param_groups[first : first + size]
+            part.state = self.state
+            first += size
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As any optimizer."""
+        super().load_state_dict(state_dict)
+        self._share()
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of each, after one call of the closure."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for part in self._parts:
+            part.step()
+        return loss
 
 
 def build_optimizer(groups: Iterable[ParameterGroup], *, fused: bool) -> torch.optim.Optimizer:
-    """AdamW over the groups; a group with weight decay is split into matrices and vectors.
+    """AdamW over the groups, and Muon over the matrices of those whose settings ask for it.
+
+    A group with weight decay is split into matrices and vectors.
 
     Args:
         groups: At least one with something to train.
-        fused: Use the fused kernel.
+        fused: Use AdamW's fused kernel.
     """
     param_groups: list[dict[str, Any]] = []
+    muon_groups: list[dict[str, Any]] = []
     for group in groups:
+        config = group.config
+        by_muon = {id(matrix) for matrix in group.matrices if config.muon_lr is not None}
         trainable = [parameter for parameter in group.parameters if parameter.requires_grad]
-        decayed = [parameter for parameter in trainable if group.config.weight_decay and parameter.ndim > 1]
-        others = [parameter for parameter in trainable if not (group.config.weight_decay and parameter.ndim > 1)]
-        settings = {
-            "name": group.name,
-            "lr": group.config.lr,
-            "betas": group.config.betas,
-            "eps": group.config.eps,
-        }
-        for parameters, weight_decay in ((decayed, group.config.weight_decay), (others, 0.0)):
+        matrices = [parameter for parameter in trainable if id(parameter) in by_muon]
+        if matrices:
+            muon_groups.append(
+                {"name": group.name, "lr": config.muon_lr, "weight_decay": config.weight_decay, "params": matrices}
+            )
+        rest = [parameter for parameter in trainable if id(parameter) not in by_muon]
+        decayed = [parameter for parameter in rest if config.weight_decay and parameter.ndim > 1]
+        others = [parameter for parameter in rest if not (config.weight_decay and parameter.ndim > 1)]
+        settings = {"name": group.name, "lr": config.lr, "betas": config.betas, "eps": config.eps}
+        for parameters, weight_decay in ((decayed, config.weight_decay), (others, 0.0)):
             if parameters:
                 param_groups.append({**settings, "params": parameters, "weight_decay": weight_decay})
-    return torch.optim.AdamW(param_groups, fused=fused)
+    adamw = torch.optim.AdamW(param_groups, fused=fused)
+    return AdamWAndMuon(adamw, torch.optim.Muon(muon_groups)) if muon_groups else adamw
 
 
 def lr_factor(config: OptimizerConfig, *, total_steps: int, first_step: int = 0) -> Callable[[int], float]:

@@ -1,6 +1,6 @@
 """SFTok's training (arXiv 2512.16910): warm-up, distribution alignment, fine-tuning."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Literal, get_args
 
 import torch
@@ -16,19 +16,23 @@ from softgen.tokenizers.maskgit_vqgan import MaskGITVQGAN
 from softgen.tokenizers.optvq import straight_through
 from softgen.tokenizers.sftok import SFTok
 from softgen.tokenizers.sftok_decoder import MaskSchedule, SelfForced, check_self_forcing, proxy_loss, self_forced_input
-from softgen.training.optimization import OptimizerConfig
-from softgen.training.stage import Stage, check_image_size
+from softgen.training.adversarial import Adversarial
+from softgen.training.code_usage import CodeStage
+from softgen.training.optimization import OptimizerConfig, ParameterGroup
+from softgen.training.perceptual import Perceptual
+from softgen.training.reconstruction import ReconstructionLosses
+from softgen.training.stage import check_image_size
 
 Phase = Literal["warm_up", "alignment", "fine_tuning"]
 
 
-class SFTokTraining(Stage):
+class SFTokTraining(CodeStage):
     """One of the three stages; each starts from the product of the one before.
 
     `warm_up`: every proxy masked; the decoder learns the teacher's proxies in one step. `alignment`: some proxies are
     shown, of which a share `replace_prob` is the model's own first prediction and the rest the teacher's; it learns the
     teacher's. `fine_tuning`: those shown are all the model's own, and decoder and pixel decoder learn the images, with
-    the others frozen. The published fine-tuning adds a perceptual and an adversarial loss to this squared error.
+    the others frozen; the published one has all three of squared error, a perceptual and an adversarial loss.
 
     Args:
         tokenizer: An SFTok, or the folder or hub id of one.
@@ -44,6 +48,10 @@ class SFTokTraining(Stage):
         max_ratio: Largest share.
         quantizer_weight: Of the quantiser's loss, at least 0.
         commitment_weight: Within it, at least 0.
+        mse_weight: Of the squared error of `fine_tuning`, at least 0.
+        l1_weight: Of its absolute error, at least 0.
+        perceptual: Its perceptual loss; None for none.
+        adversarial: Its discriminator; None for none.
         seed: Seed of all randomness in training.
     """
 
@@ -63,6 +71,10 @@ class SFTokTraining(Stage):
         max_ratio: float = 1.0,
         quantizer_weight: float = 1.0,
         commitment_weight: float = 0.25,
+        mse_weight: float = 1.0,
+        l1_weight: float = 0.0,
+        perceptual: Perceptual | None = None,
+        adversarial: Adversarial | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__(optimizer=optimizer, seed=seed)
@@ -74,6 +86,9 @@ class SFTokTraining(Stage):
         for name, value in (("quantizer_weight", quantizer_weight), ("commitment_weight", commitment_weight)):
             if not value >= 0:
                 raise ValueError(f"model.{name}: expected a number of at least 0, got {value}")
+        for name, term in (("perceptual", perceptual), ("adversarial", adversarial)):
+            if term is not None and phase != "fine_tuning":
+                raise ValueError(f"model.{name}: expected none before fine_tuning, got one for {phase}")
         opened = load_tokenizer(tokenizer, key="model.tokenizer") if isinstance(tokenizer, str) else tokenizer
         if not isinstance(opened, SFTok):
             raise ValueError(f"model.tokenizer: expected an SFTok, got a {type(opened).__name__}")
@@ -92,6 +107,15 @@ class SFTokTraining(Stage):
                 )
             opened = opened.with_pixels(teacher)
         self.tokenizer, self.phase = opened, phase
+        self.reconstruction = ReconstructionLosses(
+            image_size=opened.image_size,
+            mse_weight=mse_weight,
+            l1_weight=l1_weight,
+            perceptual=perceptual,
+            adversarial=adversarial,
+        )
+        for name, module in self.reconstruction.frozen_modules.items():
+            self.hold_frozen(name, module)
         self.replace_prob, self.mask_schedule, self.mask_power = replace_prob, mask_schedule, mask_power
         self.min_ratio, self.max_ratio = min_ratio, max_ratio
         self.quantizer_weight, self.commitment_weight = quantizer_weight, commitment_weight
@@ -121,6 +145,29 @@ class SFTokTraining(Stage):
         """The tokenizer."""
         return self.tokenizer
 
+    def parameter_groups(self) -> Iterable[ParameterGroup]:
+        """`product`, and in fine-tuning the `discriminator` where there is one."""
+        yield from super().parameter_groups()
+        yield from self.reconstruction.parameter_groups()
+
+    def setup(self, stage: str) -> None:
+        """As every stage; and refuse a precision in which the automatic weight cannot be had."""
+        super().setup(stage)
+        self.reconstruction.check_precision(str(self.trainer.precision))
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """A discriminator that has not started stays as it is."""
+        self.reconstruction.hold(self.global_step)
+
+    @property
+    def code_shape(self) -> tuple[int, int]:
+        """See the base class."""
+        return 1, self.tokenizer.num_codes
+
+    def codes_of(self, images: Tensor) -> Tensor:
+        """See the base class."""
+        return self._tokens(images).view(1, -1)
+
     def check_data(self, data: ImageDataModule) -> None:
         """Images must have the tokenizer's size."""
         if not data.has_images or isinstance(data, TokenCache):
@@ -137,7 +184,8 @@ class SFTokTraining(Stage):
                 codes = tokenizer.codebook[tokens]
             given = self._input(batch, codes, truth=None)
             pixels = tokenizer.pixels(tokenizer.decoder.proxy_logits(given.tokens, codes))
-            return self.report(batch, {"mse": F.mse_loss(pixels, images)}, {})
+            terms = self.reconstruction(pixels, images, step=self.global_step, noise=self.noise(batch, "discriminator"))
+            return self.report(batch, terms.losses, terms.logs)
         truth = self._truth(images)
         latents = tokenizer.latents(images)
         codes = tokenizer.codebook[tokenizer.assign(latents.detach(), transport=True)]
@@ -184,7 +232,9 @@ class SFTokTraining(Stage):
         """
         images, tokenizer = batch["image"], self.tokenizer
         count = len(batch["ordinal"])
-        codes = self._codes(images)
+        tokens = self._tokens(images)
+        self.count(tokens.view(1, -1))
+        codes = tokenizer.codebook[tokens]
         if self.teacher is not None:
             truth = self._truth(images)
             for name, steps in (("first", 1), ("last", tokenizer.steps)):
@@ -199,10 +249,13 @@ class SFTokTraining(Stage):
         images = batch["image"][:16]
         return torch.cat([images, self._decode(self._codes(images))])
 
-    def _codes(self, images: Tensor) -> Tensor:
+    def _tokens(self, images: Tensor) -> Tensor:
+        """Codes (B, L)."""
         tokenizer = self.tokenizer
-        tokens = tokenizer.assign(tokenizer.latents(images), transport=tokenizer.assignment == "published")
-        return tokenizer.codebook[tokens]
+        return tokenizer.assign(tokenizer.latents(images), transport=tokenizer.assignment == "published")
+
+    def _codes(self, images: Tensor) -> Tensor:
+        return self.tokenizer.codebook[self._tokens(images)]
 
     def _decode(self, codes: Tensor) -> Tensor:
         """Images by the pixel decoder; before there is one, by the teacher from the proxies."""

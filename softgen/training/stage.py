@@ -16,7 +16,8 @@ from softgen.models.conditions import Asked
 from softgen.pretrained import Pretrained, fingerprint
 from softgen.random import SampleRandom, derive_seed
 from softgen.tokenizers.base import ImageTokenizer
-from softgen.training.optimization import OptimizerConfig, ParameterGroup, build_optimizer, lr_factor
+from softgen.tokenizers.continuous import ContinuousTokenizer
+from softgen.training.optimization import OptimizerConfig, ParameterGroup, build_optimizer, hidden_matrices, lr_factor
 
 S = TypeVar("S", bound="Stage")
 
@@ -46,7 +47,7 @@ class Stage(LightningModule, ABC):
         """What the stage trains and leaves in `model/`: the average of its weights is kept."""
 
     @property
-    def tokenizer_beside(self) -> ImageTokenizer | None:
+    def tokenizer_beside(self) -> ImageTokenizer | ContinuousTokenizer | None:
         """The tokenizer to save beside the product, so that one path is enough."""
         return None
 
@@ -133,7 +134,14 @@ class Stage(LightningModule, ABC):
 
     def parameter_groups(self) -> Iterable[ParameterGroup]:
         """The optimizer's groups; a stage with critics adds one each."""
-        return [ParameterGroup("product", list(self.product.parameters()), self.optimizer_config)]
+        return [
+            ParameterGroup(
+                "product",
+                list(self.product.parameters()),
+                self.optimizer_config,
+                matrices=hidden_matrices(self.product),
+            )
+        ]
 
     def configure_optimizers(self) -> Any:
         """One optimizer with named groups, one schedule a group."""
@@ -211,7 +219,7 @@ def check_images(data: ImageDataModule, tokenizer: ImageTokenizer) -> None:
         )
 
 
-def check_image_size(data: ImageDataModule, tokenizer: ImageTokenizer) -> None:
+def check_image_size(data: ImageDataModule, tokenizer: ImageTokenizer | ContinuousTokenizer) -> None:
     """Raise ValueError unless the images have the tokenizer's size."""
     if data.image_size != tokenizer.image_size:
         raise ValueError(

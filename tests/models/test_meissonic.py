@@ -50,6 +50,22 @@ def test_shapes_and_ids(downsample: bool) -> None:
         model.embed(torch.full((1, 8), 10))
 
 
+def test_a_scale_of_guidance_is_told_beside_the_timestep(tmp_path: Any) -> None:
+    plain, told = build(), build(guidance_embeds=True, guidance_scale=3.0)
+    told.load_state_dict(plain.state_dict(), strict=False)
+    x, of = plain.embed(torch.zeros(B, 8, dtype=torch.long)), condition()
+    assert not torch.equal(told(x, of), plain(x, of))
+    torch.testing.assert_close(told.predict(x, of, guidance_scale=torch.full((B,), 3.0)).logits, told(x, of))
+    assert not torch.equal(told.predict(x, of, guidance_scale=2.0).logits, told(x, of))
+    for parameter in told.time_text_embed.guidance_embedder.linear_2.parameters():
+        nn.init.zeros_(parameter)
+    torch.testing.assert_close(told(x, of), plain(x, of))
+    told.save_pretrained(tmp_path)
+    opened = Pretrained.from_pretrained(tmp_path)
+    assert isinstance(opened, Meissonic)
+    assert (opened.guidance_embeds, opened.guidance_scale) == (True, 3.0)
+
+
 def test_the_placement_decides_what_is_averaged() -> None:
     lookup, after = build(), build(soft_placement="post_embed")
     probs = torch.randn(B, 8, K).softmax(-1)

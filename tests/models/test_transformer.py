@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from softgen.models import ClassCondition, MaskedTransformer
+from softgen.models.blocks import LocalMixing
 
 B, N, K, D = 4, 6, 5, 8
 
@@ -141,3 +142,22 @@ def test_a_mask_among_the_codes_is_refused() -> None:
     message = r"^teacher.mask_id: expected an id outside the image codes 0..4, got 4$"
     with pytest.raises(ValueError, match=message):
         model.check(key="teacher")
+
+
+def test_local_mixing_lets_neighbours_in_and_no_others() -> None:
+    mixing = LocalMixing(2, grid=4)
+    x = torch.randn(1, 16, 2, requires_grad=True)
+    (reach,) = torch.autograd.grad(mixing(x)[0, 5].sum(), x)
+    seen = reach[0].abs().sum(dim=-1).nonzero().flatten().tolist()
+    assert seen == [0, 1, 2, 4, 5, 6, 8, 9, 10]
+
+
+def test_local_mixing_wants_a_square_grid_and_goes_into_the_folder(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"model\.num_sites: expected a square for local_mixing, got 6"):
+        build(local_mixing=True)
+    model = build(local_mixing=True, num_sites=9).eval()
+    model.save_pretrained(tmp_path)
+    again = MaskedTransformer.from_pretrained(tmp_path).eval()
+    embedded, condition = torch.randn(2, 9, D), ClassCondition.of(torch.tensor([0, 1]))
+    torch.testing.assert_close(again(embedded, condition), model(embedded, condition))
+    assert not torch.allclose(build(num_sites=9).eval()(embedded, condition), model(embedded, condition))

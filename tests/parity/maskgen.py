@@ -17,8 +17,8 @@ def maskgen(fixture: Fixture) -> Outputs:
     settings, vq = (fixture.config["args"]["model"][name] for name in ("maskgen", "vq_model"))
     model = MaskGen.from_checkpoint(
         fixture.weights(),
-        decoder_num_heads=settings["decoder_num_heads"],
-        condition_num_classes=settings["condition_num_classes"],
+        decoder_num_heads=settings.get("decoder_num_heads", 16),
+        condition_num_classes=settings.get("condition_num_classes", 1000),
         aesthetic_score=settings.get("sample_aesthetic_score", 6.0),
     )
     names = ["decoder_embed_dim", "decoder_depth", "micro_condition", "weight_tying"]

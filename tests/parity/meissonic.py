@@ -48,9 +48,8 @@ def _open(fixture: Fixture, **options: Any) -> Meissonic:
         axes_dims_rope=arguments["axes_dims_rope"],
         **options,
     )
-    ignored = ("patch_size", "in_channels", "guidance_embeds", "upsample")
+    ignored = ("patch_size", "in_channels", "upsample")
     assert arguments.get("patch_size", 1) == 1
-    assert not arguments.get("guidance_embeds")
     assert arguments.get("upsample", True) == arguments.get("downsample", True)
     shown = {name: value for name, value in arguments.items() if name not in ignored}
     assert shown.items() <= model.config.items()
@@ -71,7 +70,8 @@ def _model(fixture: Fixture) -> Outputs:
 
     def logits(embeddings: Tensor, of: TextCondition = condition, *, times: Tensor | float = 0.0) -> Tensor:
         told = fixture["in.micro_conds"]
-        given = model.predict(embeddings, of, timestep=times, micro_conditions=told).logits
+        scale = fixture.io.get("in.guidance")
+        given = model.predict(embeddings, of, timestep=times, guidance_scale=scale, micro_conditions=told).logits
         return as_grid(given)
 
     def as_grid(vectors: Tensor) -> Tensor:

@@ -111,3 +111,20 @@ def test_patches_stand_for_levels(patch_size: int, channels: tuple[int, ...], gr
 def test_a_patch_of_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^tokenizer.patch_size: expected at least 1, got 0$"):
         ConvVQTokenizer(image_size=16, num_codes=8, patch_size=0)
+
+
+def test_a_patchwise_encoder_gives_equal_patches_equal_codes_and_sees_no_others() -> None:
+    torch.manual_seed(1)
+    tokenizer = ConvVQTokenizer(image_size=8, num_codes=11, code_dim=4, channels=(8, 16), patch_size=2, patchwise=True)
+    patch = torch.rand(1, 3, 4, 4)
+    tokens = tokenizer.encode(patch.repeat(1, 1, 2, 2))
+    assert tokens.unique().numel() == 1
+    images = torch.rand(1, 3, 8, 8, requires_grad=True)
+    (reach,) = torch.autograd.grad(tokenizer.latents(images)[0, 1].sum(), images)
+    inside = reach[0].abs().sum(dim=0) > 0
+    assert bool(inside[:4, 4:].all())
+    assert int(inside.sum()) == 16
+    # The decoder still sees all patches.
+    embeddings = torch.randn(1, 4, 4, requires_grad=True)
+    (reach,) = torch.autograd.grad(tokenizer.decode_raw(embeddings)[..., 0, 0].sum(), embeddings)
+    assert bool((reach[0].abs().sum(dim=-1) > 0).all())

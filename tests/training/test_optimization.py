@@ -1,4 +1,5 @@
 import math
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -6,7 +7,7 @@ import torch
 from torch import nn
 
 from softgen.training import OptimizerConfig, ParameterGroup
-from softgen.training.optimization import build_optimizer, lr_factor
+from softgen.training.optimization import build_optimizer, hidden_matrices, lr_factor
 
 
 def test_a_constant_rate_after_the_warm_up() -> None:
@@ -65,9 +66,67 @@ def test_the_first_step_is_adams_with_decoupled_decay(fused: bool) -> None:
     torch.testing.assert_close(weight.data, torch.tensor([[0.95 - 0.1, -1.9 + 0.1]]))
 
 
+class _Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(5, 4)
+        self.inner = nn.Linear(4, 6)
+        self.attention = nn.MultiheadAttention(4, 2)
+        self.head = nn.Linear(6, 5)
+
+
+def test_muon_takes_the_matrices_between_embeddings_and_head() -> None:
+    model = _Small()
+    taken = {id(matrix) for matrix in hidden_matrices(model)}
+    names = [name for name, parameter in model.named_parameters() if id(parameter) in taken]
+    assert names == ["inner.weight", "attention.in_proj_weight", "attention.out_proj.weight"]
+
+
+def _with_muon(weight: nn.Parameter, bias: nn.Parameter) -> torch.optim.Optimizer:
+    config = OptimizerConfig(lr=0.1, muon_lr=0.02)
+    return build_optimizer([ParameterGroup("product", [weight, bias], config, matrices=[weight])], fused=False)
+
+
+def test_muons_step_is_orthogonal_beside_adams() -> None:
+    torch.manual_seed(0)
+    weight, bias = nn.Parameter(torch.zeros(4, 4)), nn.Parameter(torch.zeros(3))
+    optimizer = _with_muon(weight, bias)
+    weight.grad, bias.grad = torch.randn(4, 4), torch.tensor([1.0, -5.0, 0.1])
+    optimizer.step()
+    torch.testing.assert_close(bias.data, torch.tensor([-0.1, 0.1, -0.1]))
+    singular = torch.linalg.svdvals(weight.data / 0.02)
+    # Newton-Schulz in bfloat16 with Muon's coefficients ends between .68 and 1.13.
+    assert 0.6 < singular.min() <= singular.max() < 1.2
+    assert torch.einsum("ij,ij", weight.data, weight.grad) < 0
+
+
+def test_muon_and_adam_go_on_from_their_state() -> None:
+    def run(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], steps: range) -> None:
+        for step in steps:
+            for index, parameter in enumerate(parameters):
+                generator = torch.Generator().manual_seed(10 * step + index)
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+            optimizer.step()
+
+    straight = [nn.Parameter(torch.zeros(3, 4)), nn.Parameter(torch.zeros(2))]
+    whole = _with_muon(*straight)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(whole, lambda step: 0.5**step)
+    run(whole, straight, range(2))
+    scheduler.step()
+    again = [nn.Parameter(parameter.data.clone()) for parameter in straight]
+    resumed = _with_muon(*again)
+    resumed.load_state_dict(deepcopy(whole.state_dict()))
+    assert [group["lr"] for group in resumed.param_groups] == [0.05, 0.01]
+    run(whole, straight, range(2, 4))
+    run(resumed, again, range(2, 4))
+    for one, other in zip(straight, again, strict=True):
+        torch.testing.assert_close(one.data, other.data, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"muon_lr": -1.0}, "muon_lr: expected a number of at least 0, got -1.0"),
         ({"lr": -1e-3}, "lr: expected a number of at least 0, got -0.001"),
         ({"lr": math.nan}, "lr: expected a number of at least 0, got nan"),
         ({"lr": math.inf}, "lr: expected a number of at least 0, got inf"),
