@@ -3,10 +3,10 @@
     python benchmarks/text_to_image.py
     python benchmarks/text_to_image.py --seeds '[0]' --only '[teacher_8, dimo]'
 
-Shapes: a tokenizer, a CLIP that is the reward and another one that is the judge, shared by the seeds; for each seed a
-teacher, Di[M]O, Di[M]O with the reward, the reward without Di[M]O, and TTEO. Every row is scored on the same unseen
-prompts by a program that looks at the hard-decoded pictures. Writes benchmarks/results/text_to_image.json, .md and
-.png. What is finished in the folder of runs is not run again.
+Shapes: a tokenizer, a teacher, a CLIP that is the reward and another one that is the judge, shared by the seeds; for
+each seed Di[M]O, Di[M]O with the reward, the reward without Di[M]O, and TTEO; the teacher's rows are drawn anew. Every
+row is scored on the same unseen prompts by a program that looks at the hard-decoded pictures. Writes
+benchmarks/results/text_to_image.json, .md and .png. What is finished in the folder of runs is not run again.
 """
 
 import json
@@ -43,8 +43,9 @@ RESULTS = Path(__file__).parent / "results"
 CONFIGS = Path(__file__).parents[1] / "configs" / "shapes"
 TEACHER_STEPS = (1, 4, 8, 16)
 GUIDANCE = 2.0
-TTEO = TTEOSettings(steps=30, lr=1.0, batch_size=125)
+TTEO = TTEOSettings(steps=20, lr=1.0, batch_size=125)
 REFERENCE = 5000
+DIVERSITY = 250  # prompts of which a second picture is made
 ROWS = (*(f"teacher_{steps}" for steps in TEACHER_STEPS), "dimo", "reward", "tteo", "reward_alone")
 
 
@@ -55,7 +56,7 @@ class Runs:
     root: Path
 
     def shared(self, name: str) -> Path:
-        """A run of all seeds: tokenizer, clip, judge."""
+        """A run of all seeds: tokenizer, teacher, clip, judge."""
         return self.root / name
 
     def seed(self, seed: int, name: str) -> Path:
@@ -98,9 +99,9 @@ def benchmark(
     runs = Runs(Path(out))
     with ThreadPoolExecutor(processes) as pool:
         clips = [pool.submit(train_clip, runs, name, seed) for name, seed in (("clip", 100), ("judge", 101))]
-        train(runs.shared("tokenizer"), "1_tokenizer")
-        for clip in clips:
-            clip.result()
+        teacher = pool.submit(train_teacher, runs)
+        for run in (*clips, teacher):
+            run.result()
         list(pool.map(lambda seed: run_seed(runs, seed, only, n), seeds))
     content = {
         "command": f"python benchmarks/text_to_image.py --seeds '{seeds}' --n {n}",
@@ -137,13 +138,18 @@ def train_clip(runs: Runs, name: str, seed: int) -> None:
     train(runs.shared(name), "clip", f"--seed={seed}")
 
 
+def train_teacher(runs: Runs) -> None:
+    """The tokenizer and the teacher."""
+    train(runs.shared("tokenizer"), "1_tokenizer")
+    tokenizer = f"--model.init_args.tokenizer={runs.shared('tokenizer')}/model"
+    train(runs.shared("teacher"), "2_teacher", "--seed=0", tokenizer)
+
+
 def run_seed(runs: Runs, seed: int, only: Sequence[str], n: int) -> None:
     """Train and score one seed."""
-    folders = {name: runs.seed(seed, name) for name in ("teacher", "dimo", "reward", "reward_alone")}
-    teacher = f"--model.init_args.teacher={folders['teacher']}/model"
+    folders = {name: runs.seed(seed, name) for name in ("dimo", "reward", "reward_alone")}
+    teacher = f"--model.init_args.teacher={runs.shared('teacher')}/model"
     student = f"--model.init_args.student={folders['dimo']}/model"
-    tokenizer = f"--model.init_args.tokenizer={runs.shared('tokenizer')}/model"
-    train(folders["teacher"], "2_teacher", f"--seed={seed}", tokenizer)
     if any(not name.startswith("teacher") for name in only):
         train(folders["dimo"], "3_dimo", f"--seed={seed}", teacher)
     reward = {
@@ -183,19 +189,20 @@ def score_seed(runs: Runs, seed: int, n: int, only: Sequence[str]) -> None:
     torch.set_num_threads(1)
     judge = Judge(runs)
     prompts = [asked.prompt for asked in shapes_prompts(n)]
-    tokenizer = load_tokenizer(runs.seed(seed, "teacher") / "model")
+    tokenizer = load_tokenizer(runs.shared("teacher") / "model")
     for name in only:
         path = runs.seed(seed, f"score_{name}.json")
         if path.is_file():
             continue
-        first, second = (make(runs, seed, name, prompts, tokenizer, noise) for noise in (seed, seed + 1000))
+        first = make(runs, seed, name, prompts, tokenizer, seed)
+        again, _ = make(runs, seed, name, prompts[:DIVERSITY], tokenizer, seed + 1000)
         tasks = ShapesGenEval()
         tasks.update(first[0], prompts)
         write_json(
             path,
             {
                 "tasks": {task: float(value) for task, value in tasks.compute().items()},
-                **judge.score(first[0], second[0], prompts),
+                **judge.score(first[0], again, prompts),
                 "seconds": first[1],
             },
         )
@@ -206,7 +213,7 @@ def make(runs: Runs, seed: int, name: str, prompts: Sequence[str], tokenizer: An
     """Images of one row, and the seconds that they took."""
     start = time.perf_counter()
     if name.startswith("teacher_"):
-        model = load_model(runs.seed(seed, "teacher") / "model")
+        model = load_model(runs.shared("teacher") / "model")
         sampler = MaskGITSampler(steps=int(name.removeprefix("teacher_")), guidance=GUIDANCE)
         made = generate(teacher_tokens(model, sampler), tokenizer, prompts, seed=noise, batch_size=250)
         return made.images, time.perf_counter() - start
@@ -241,7 +248,7 @@ class Judge:
         features, others = (extract_features(some, extractor=self.extractor).features for some in (images, again))
         return {
             "frechet": frechet_distance(FeatureStatistics.from_features(features), self.reference),
-            "diversity": float((features - others).norm(dim=1).mean()),
+            "diversity": float((features[: len(others)] - others).norm(dim=1).mean()),
             **{
                 name: float((clip.encode_images(images) * clip.encode_prompts(prompts)).sum(dim=1).mean())
                 for name, clip in self.clips.items()
@@ -297,8 +304,8 @@ def _retrieval(folder: Path) -> dict[str, float]:
 
 
 def _minutes(runs: Runs, seeds: Sequence[int]) -> dict[str, float]:
-    folders = {name: runs.shared(name) for name in ("tokenizer", "clip", "judge")}
-    for name in ("teacher", "dimo", "reward", "reward_alone"):
+    folders = {name: runs.shared(name) for name in ("tokenizer", "teacher", "clip", "judge")}
+    for name in ("dimo", "reward", "reward_alone"):
         folders.update({f"{name}_{seed}": runs.seed(seed, name) for seed in seeds})
     paths = {name: folder / "time.json" for name, folder in folders.items()}
     return {name: json.loads(path.read_text())["minutes"] for name, path in paths.items() if path.is_file()}
@@ -329,7 +336,8 @@ def _markdown(content: Mapping[str, Any]) -> str:
         f"n = {content['n']} unseen prompts, hard-decoded pictures, means of seeds {content['seeds']}; guidance "
         f"{content['guidance']:g}. Tasks are GenEval's six, verified by a program. Frechet distance to {REFERENCE} "
         "real pictures on the features of the judge, a CLIP that was no reward. Diversity: mean distance of those "
-        "features between two pictures of one prompt. `clip`: mean cosine of the rewarded CLIP; `judge`: the other's.",
+        f"features between two pictures of one prompt, {DIVERSITY} prompts. `clip`: mean cosine of the rewarded CLIP; "
+        "`judge`: the other's. Teacher, tokenizer and CLIPs are shared by the seeds.",
         "",
         f"Command: `{content['command']}`.",
         "",
@@ -370,7 +378,7 @@ def _markdown(content: Mapping[str, Any]) -> str:
 def _picture(runs: Runs, seed: int, only: Sequence[str]) -> None:
     """The same 16 prompts, a row of pictures for each row of the table."""
     prompts = [asked.prompt for asked in shapes_prompts(16)]
-    tokenizer = load_tokenizer(runs.seed(seed, "teacher") / "model")
+    tokenizer = load_tokenizer(runs.shared("teacher") / "model")
     rows = [make(runs, seed, name, prompts, tokenizer, 5)[0] for name in only]
     save_grid(torch.cat(rows), RESULTS / "text_to_image.png", columns=16)
 

@@ -265,19 +265,20 @@ def reset_transformer(blocks: nn.ModuleList, head: nn.Linear) -> None:
 
 
 @torch.no_grad()
-def embed_codebook(table: nn.Embedding, codebook: Tensor, *, generator: torch.Generator) -> None:
-    """Start token embeddings as one random projection of the code vectors, of mean 0 and unit scale.
+def start_from_codebook(rows: Tensor, codebook: Tensor, *, scale: float, generator: torch.Generator) -> None:
+    """Start one vector a code, in place, as a random projection of the code vectors.
 
     Near codes then look alike from the first step. With random rows a model must learn each code by itself, and of many
     codes it sees each too seldom.
 
     Args:
-        table: Its first K rows are replaced.
+        rows: (at least K, d), of the token embeddings or of the output layer; the first K are replaced.
         codebook: (K, D).
+        scale: Standard deviation of the values; their mean over the codes is 0.
         generator: Of the projection, on the CPU.
     """
     vectors = codebook.float()
     vectors = vectors - vectors.mean(dim=0)
-    projection = torch.randn(vectors.shape[1], table.embedding_dim, generator=generator)
-    rows = vectors @ projection.to(vectors.device)
-    table.weight[: len(rows)] = (rows / rows.std()).to(table.weight)
+    projection = torch.randn(vectors.shape[1], rows.shape[1], generator=generator)
+    projected = vectors @ projection.to(vectors.device)
+    rows[: len(projected)] = (scale / projected.std() * projected).to(rows)

@@ -153,6 +153,11 @@ class SoftVQ(ContinuousTokenizer):
             raise ValueError(
                 f"tokenizer.quantization: expected one of {', '.join(get_args(Quantization))}, got {quantization!r}"
             )
+        if quantization != "soft" and (levels, temperature) != (1, "fixed"):
+            raise ValueError(
+                f"tokenizer.quantization: expected soft for {levels} levels and a {temperature} temperature, got "
+                f"{quantization}"
+            )
         sizes = {"encoder": {**_LARGE, **(encoder or {})}, "decoder": {**_LARGE, **(decoder or {})}}
         check_vit_sizes(sizes, image_size=image_size)
         if groups < 1 or num_latents % groups:

@@ -16,7 +16,7 @@ from softgen.loading import check_compatible, load_tokenizer
 from softgen.masking import MaskLaw, draw_mask_ratio, exact_mask, mask_counts
 from softgen.models.autoregressive import AutoregressiveTransformer
 from softgen.models.base import LinearHead, MaskedDiffusionModel
-from softgen.models.blocks import embed_codebook
+from softgen.models.blocks import start_from_codebook
 from softgen.models.conditions import Condition
 from softgen.models.text import WordTextEncoder
 from softgen.models.transformer import MaskedTransformer
@@ -29,6 +29,7 @@ from softgen.training.optimization import OptimizerConfig
 from softgen.training.stage import Stage, check_conditions, check_images
 from softgen.training.targets import CodeTarget, HardTarget, NeighbourTarget, TableTarget, Target, check_target
 
+_HEAD_SCALE = 4.0  # over d: logits of a fresh model then have a standard deviation of 4 / sqrt(d)
 _TAU_IMAGES, _TAU_LATENTS = 256, 4096  # that the automatic 2 tau^2 is measured on
 
 
@@ -60,6 +61,8 @@ class TeacherTraining(Stage):
         mask_law: Of the mask ratio t.
         embedding_init: How a native model's token embeddings start: `random`, or `codebook`, a random projection of the
             tokenizer's code vectors, which large codebooks need.
+        head_init: How a native model's output layer starts: `random`, or `codebook`: each code's row lies along the
+            same projection, so that near codes have near logits from the first step.
         label_dropout: Share of samples trained without condition, for guidance; in [0, 1].
         preview_steps: Sampling steps of the preview.
         seed: Seed of all randomness in training.
@@ -79,6 +82,7 @@ class TeacherTraining(Stage):
         weighting: Literal["uniform", "elbo"] = "uniform",
         mask_law: MaskLaw = "arccos",
         embedding_init: Literal["random", "codebook"] = "random",
+        head_init: Literal["random", "codebook"] = "random",
         label_dropout: float = 0.1,
         preview_steps: int = 8,
         seed: int = 0,
@@ -95,16 +99,23 @@ class TeacherTraining(Stage):
         check_compatible(model, opened, key="model.tokenizer")
         self.hold_frozen("tokenizer", opened)
         self.model = model
-        if embedding_init not in ("random", "codebook"):
-            raise ValueError(f"model.embedding_init: expected random or codebook, got {embedding_init!r}")
-        if embedding_init == "codebook":
+        for name, start in (("embedding_init", embedding_init), ("head_init", head_init)):
+            if start not in ("random", "codebook"):
+                raise ValueError(f"model.{name}: expected random or codebook, got {start!r}")
+            if start == "random":
+                continue
             if not isinstance(model, (MaskedTransformer, AutoregressiveTransformer)):
                 raise ValueError(
-                    f"model.embedding_init: expected random for a {type(model).__name__}, whose embedding is its own, "
+                    f"model.{name}: expected random for a {type(model).__name__}, whose vectors are its own, "
                     "got codebook"
                 )
+            rows, scale = (
+                (model.token_embedding.weight, 1.0)
+                if name == "embedding_init"
+                else (model.head.weight, _HEAD_SCALE / model.head.in_features)
+            )
             generator = torch.Generator().manual_seed(derive_seed(seed, "embedding"))
-            embed_codebook(model.token_embedding, opened.codebook, generator=generator)
+            start_from_codebook(rows, opened.codebook, scale=scale, generator=generator)
         self.target = target
         self.label_smoothing = label_smoothing if target == "label_smoothing" else 0.0
         self.two_tau_squared = two_tau_squared

@@ -236,7 +236,11 @@ def test_settings_of_another_checkpoint(settings: dict[str, Any], message: str, 
     assert str(caught.value) == message
 
 
-@pytest.mark.parametrize("options", [{"distance": "l2", "levels": 2}, {"temperature": "predicted"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"distance": "l2", "levels": 2}, {"temperature": "predicted"}, {"quantization": "vq"}, {"quantization": "none"}],
+    ids=str,
+)
 def test_the_variants_are_saved_and_opened(options: dict[str, Any], tmp_path: Path) -> None:
     tokenizer, images = build(**options), torch.rand(1, 3, 16, 16)
     tokenizer.save_pretrained(tmp_path / "model")
@@ -252,6 +256,13 @@ def test_the_variants_are_saved_and_opened(options: dict[str, Any], tmp_path: Pa
         ({"encoder": {**VIT, "heads": 3}}, "tokenizer.encoder.heads: expected a divisor of 16, got 3"),
         ({"groups": 4}, "tokenizer.groups: expected a divisor of the 6 tokens, got 4"),
         ({"latent_std": 0.0}, "tokenizer.latent_std: expected a finite number above 0, got 0.0"),
+        ({"latent_mean": math.inf}, "tokenizer.latent_mean: expected a finite number, got inf"),
+        ({"layer_scale": -1.0}, "tokenizer.layer_scale: expected a finite number of at least 0, got -1.0"),
+        (
+            {"quantization": "vq", "distance": "l2", "levels": 2},
+            "tokenizer.quantization: expected soft for 2 levels and a fixed temperature, got vq",
+        ),
+        ({"quantization": "hard"}, "tokenizer.quantization: expected one of soft, vq, none, got 'hard'"),
         ({"tau": 0.0}, "tokenizer.tau: expected a finite number above 0, got 0.0"),
         ({"tau": -0.1}, "tokenizer.tau: expected a finite number above 0, got -0.1"),
         ({"codebook_size": 0}, "tokenizer.codebook_size: expected at least 1, got 0"),

@@ -223,6 +223,19 @@ def test_embeddings_can_start_from_the_codebook(
     assert torch.equal(again[:12], rows)  # type: ignore[index]
 
 
+@pytest.mark.parametrize("build", [_stage, _autoregressive])
+def test_the_output_layer_can_start_along_the_embeddings(
+    tokenizer: ConvVQTokenizer, build: Callable[..., TeacherTraining]
+) -> None:
+    model = build(tokenizer, embedding_init="codebook", head_init="codebook").model
+    rows, head = model.token_embedding.weight[:12], model.head.weight  # type: ignore[union-attr,index]
+    assert isinstance(head, Tensor)
+    torch.testing.assert_close(head, 4 / 16 * rows)
+    assert not torch.allclose(build(tokenizer, embedding_init="codebook").model.head.weight, head)  # type: ignore[union-attr,arg-type]
+
+
 def test_the_start_of_embeddings_is_checked(tokenizer: ConvVQTokenizer) -> None:
     with pytest.raises(ValueError, match=r"^model.embedding_init: expected random or codebook, got 'zeros'$"):
         _stage(tokenizer, embedding_init="zeros")
+    with pytest.raises(ValueError, match=r"^model.head_init: expected random or codebook, got 'zeros'$"):
+        _stage(tokenizer, head_init="zeros")
