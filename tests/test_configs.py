@@ -41,6 +41,7 @@ def test_there_are_recipes() -> None:
         "fashion_mnist",
         "imagenet256",
         "openmoji",
+        "sftok",
         "shapes",
         "softvq",
         "text_to_image",

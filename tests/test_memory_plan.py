@@ -16,6 +16,8 @@ from softgen.data import Labels
 from softgen.models import MaskedTransformer, MaskGen, MaskGIT
 from softgen.models.pretrained_text import openai_clip_text
 from softgen.testing import ToyMaskedModel, ToyTokenizer, count_calls
+from softgen.training import OptimizerConfig
+from softgen.training.optimization import hidden_matrices
 from tests.models.text_towers import save_clip_text
 from tests.test_convert_text import MASKGEN
 
@@ -51,6 +53,14 @@ def test_every_part_is_counted_in_bytes() -> None:
     assert auxiliary.average == 0
     assert auxiliary.gradients > 0
     assert (frozen.name, frozen.weights, frozen.total) == ("teacher (frozen)", 4 * numbers, 4 * numbers)
+
+
+def test_muon_keeps_one_moment() -> None:
+    config = OptimizerConfig(muon_lr=0.01)
+    stage = SoftDiMO(teacher=teacher(), objectives=[DiMO()], optimizer=config)
+    student = memory_plan(stage)[0]
+    matrices = sum(4 * matrix.numel() for matrix in hidden_matrices(stage.student))
+    assert student.optimizer == 2 * student.gradients - matrices
 
 
 def test_a_teacher_in_bfloat16_is_half_as_large_and_its_copies_are_not() -> None:

@@ -24,7 +24,7 @@ class PartMemory:
         parameters: How many numbers its weights are.
         weights: Of the weights.
         gradients: Of the gradients; 0 for what is frozen.
-        optimizer: Of Adam's two moments.
+        optimizer: Of Adam's two moments, or Muon's one.
         average: Of the averaged copy of what is trained.
     """
 
@@ -57,13 +57,14 @@ def memory_plan(stage: Stage, *, averaged: bool = True) -> list[PartMemory]:
     parts = []
     for group in stage.parameter_groups():
         trained = [parameter for parameter in group.parameters if parameter.requires_grad]
+        by_muon = [matrix for matrix in group.matrices if matrix.requires_grad and group.config.muon_lr is not None]
         parts.append(
             PartMemory(
                 name=group.name,
                 parameters=_count(group.parameters),
                 weights=_bytes(group.parameters),
                 gradients=_bytes(trained),
-                optimizer=2 * _bytes(trained),
+                optimizer=2 * _bytes(trained) - _bytes(by_muon),
                 average=_bytes(parameter for parameter in trained if id(parameter) in product),
             )
         )
@@ -110,7 +111,7 @@ class MemoryPlan(Callback):
         opening = "memory of one process, MiB, without activations (softgen.activation_memory counts them):"
         print(opening, file=sys.stderr)
         for part in parts:
-            pieces = {"gradients": part.gradients, "Adam": part.optimizer, "average": part.average}
+            pieces = {"gradients": part.gradients, "optimizer": part.optimizer, "average": part.average}
             shown = "".join(f" + {name} {size / _MIB:.1f}" for name, size in pieces.items() if size)
             count = f"{part.parameters / 1e6:.2f} M parameters"
             print(f"  {part.name}: {count}: weights {part.weights / _MIB:.1f}{shown}", file=sys.stderr)

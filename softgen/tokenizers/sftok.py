@@ -1,24 +1,28 @@
 """SFTok (arXiv 2512.16910): a TiTok whose decoder predicts proxy codes in several steps.
 
-Proxy codes are those of MaskGIT's VQGAN, one a patch. Every step predicts all of them, keeps the surest and masks the
-others again; the distributions of the last step turn into the image.
+Proxy codes are those of another tokenizer, one a patch; in the published ones, of MaskGIT's VQGAN. Every step predicts
+all of them, keeps the surest and masks the others again; the distributions of the last step turn into the image.
 
 Shape legend: B batch, L latent tokens, K codes, D code dimension, P proxies, V proxy codes, W width.
 """
 
+import copy
 import math
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from softgen.categorical import UniformSource, check_token_range
 from softgen.checkpoints import build, find_checkpoint, read_checkpoint, settings_beside
+from softgen.pretrained import from_config, to_config
 from softgen.relaxation import expected_embedding, probabilities, widen
 from softgen.tokenizers.base import ImageTokenizer
+from softgen.tokenizers.conv_vq import ConvVQTokenizer
 from softgen.tokenizers.maskgit_vqgan import MaskGITVQGAN, PixelDecoder, pixel_decoder_sizes
 from softgen.tokenizers.optvq import OptVQCodebook, sinkhorn_codes
 from softgen.tokenizers.parts import CodeTable, check_vit_sizes, nearest_code, without_clash
@@ -30,6 +34,7 @@ Assignment = Literal["nearest", "published"]
 _BASE = {"width": 768, "depth": 12, "heads": 12, "patch_size": 16}
 _STEPS, _TEMPERATURE = 8, 1.0
 _LEGACY = "decoder.embedding_positional_embedding"
+_PIXEL_SIZES = ("channel_mult", "hidden_channels", "num_res_blocks", "z_channels", "num_channels")
 
 
 class SFTok(ImageTokenizer):
@@ -48,8 +53,9 @@ class SFTok(ImageTokenizer):
         decoder: The same of the decoder.
         is_legacy: Whether the encoder's output is scrambled, as in every published one; see `TiTokEncoder`.
         proxy_codebook_size: V.
-        pixel_decoder: Arguments of `PixelDecoder`; None for checkpoints of the first two stages of training, which
-            predict proxy codes and no image.
+        pixel_decoder: Arguments of `PixelDecoder`, as in the published ones; or a `ConvVQTokenizer`, whose decoder and
+            codes are copied; None for checkpoints of the first two stages of training, which predict proxy codes and no
+            image.
         eval: How codes are assigned in eval mode. `nearest`: each latent's nearest. `published`: by optimal transport
             over all latents of the batch, as in training; an image's codes then depend on the images beside it.
         steps: Of the decoder, in 1..P.
@@ -72,7 +78,7 @@ class SFTok(ImageTokenizer):
         decoder: Mapping[str, int] | None = None,
         is_legacy: bool = True,
         proxy_codebook_size: int = 1024,
-        pixel_decoder: Mapping[str, Any] | None = None,
+        pixel_decoder: ConvVQTokenizer | Mapping[str, Any] | None = None,
         eval: Assignment = "nearest",
         steps: int = _STEPS,
         temperature: float = _TEMPERATURE,
@@ -83,6 +89,8 @@ class SFTok(ImageTokenizer):
         check_vit_sizes(sizes, image_size=image_size)
         if eval not in get_args(Assignment):
             raise ValueError(f"tokenizer.eval: expected one of {', '.join(get_args(Assignment))}, got {eval!r}")
+        if isinstance(pixel_decoder, Mapping) and "class_path" in pixel_decoder:
+            pixel_decoder = _conv_vq(pixel_decoder)
         self.config = {
             "image_size": image_size,
             "codebook_size": codebook_size,
@@ -92,7 +100,7 @@ class SFTok(ImageTokenizer):
             **sizes,
             "is_legacy": is_legacy,
             "proxy_codebook_size": proxy_codebook_size,
-            "pixel_decoder": None if pixel_decoder is None else dict(pixel_decoder),
+            "pixel_decoder": None if pixel_decoder is None else _described(pixel_decoder),
             "eval": eval,
             "steps": steps,
             "temperature": temperature,
@@ -108,7 +116,12 @@ class SFTok(ImageTokenizer):
         self.decoder = SFTokDecoder(**common, **sizes["decoder"], proxy_codes=proxy_codebook_size)
         self.decoder.check_steps(steps, temperature, key="tokenizer.")
         self.quantizer = OptVQCodebook(num_codes=codebook_size, code_dim=token_size, use_l2_norm=use_l2_norm)
-        if pixel_decoder is not None:
+        if isinstance(pixel_decoder, ConvVQTokenizer):
+            self._check_proxies(pixel_decoder, key="tokenizer.pixel_decoder")
+            self.pixel_quantize = CodeTable(proxy_codebook_size, pixel_decoder.code_dim)
+            self.pixel_quantize.embedding.weight = nn.Parameter(pixel_decoder.codebook.clone())
+            self.pixel_decoder: nn.Module = copy.deepcopy(pixel_decoder.decoder)
+        elif pixel_decoder is not None:
             self.pixel_quantize = CodeTable(proxy_codebook_size, pixel_decoder["z_channels"])
             self.pixel_decoder = PixelDecoder(**pixel_decoder)
 
@@ -164,6 +177,12 @@ class SFTok(ImageTokenizer):
         """Code vectors (K, D), unit vectors where `use_l2_norm`."""
         return self.quantizer.codes
 
+    @property
+    def untrained(self) -> bool:
+        """Whether no step of training has moved its codes."""
+        linear = self.quantizer.shared_linear
+        return torch.equal(linear.weight, torch.eye(self.code_dim).to(linear.weight)) and not linear.bias.any()
+
     def codebook_weight(self) -> Tensor:
         """See the base class: before the linear map and the norm."""
         return self.quantizer.embedding
@@ -189,21 +208,34 @@ class SFTok(ImageTokenizer):
             return nearest_code(latents, self.codebook)
         return sinkhorn_codes(latents.flatten(0, 1), self.codebook).view(latents.shape[:2])
 
-    def with_pixels(self, vqgan: MaskGITVQGAN) -> "SFTok":
-        """A copy whose pixel decoder is that of MaskGIT's VQGAN, as fine-tuning starts.
+    def with_pixels(self, proxies: ImageTokenizer, *, key: str = "proxies") -> "SFTok":
+        """A copy whose pixel decoder is that of the tokenizer of the proxy codes, as fine-tuning starts.
+
+        Args:
+            proxies: That tokenizer; MaskGIT's VQGAN in the published ones.
+            key: The config key that named it, for error messages.
 
         Raises:
-            ValueError: If its codes are not as many as the proxy codes.
+            ValueError: If its codes or its grid are not those of the proxies, or it is of another class.
         """
-        expected, got = self.decoder.num_codes, vqgan.num_codes
-        if expected != got:
-            raise ValueError(f"vqgan.num_codes: expected {expected} as there are proxy codes, got {got}")
-        sizes = ("channel_mult", "hidden_channels", "num_res_blocks", "z_channels", "num_channels")
-        copied = SFTok(**{**self.config, "pixel_decoder": {name: vqgan.config[name] for name in sizes}})
-        pixels = {f"pixel_decoder.{name}": value for name, value in vqgan.decoder.state_dict().items()}
-        pixels["pixel_quantize.embedding.weight"] = vqgan.codebook
+        if not isinstance(proxies, (ConvVQTokenizer, MaskGITVQGAN)):
+            raise ValueError(
+                f"{key}: expected a ConvVQTokenizer or a MaskGITVQGAN to take the pixel decoder from, got a "
+                f"{type(proxies).__name__}"
+            )
+        self._check_proxies(proxies, key=key)
+        copied = SFTok(**{**self.config, "pixel_decoder": _described(proxies)})
+        pixels = {f"pixel_decoder.{name}": value for name, value in proxies.decoder.state_dict().items()}
+        pixels["pixel_quantize.embedding.weight"] = proxies.codebook
         copied.load_state_dict({**self.state_dict(), **pixels})
         return copied.to(self.latent_tokens.device)
+
+    def _check_proxies(self, proxies: ImageTokenizer, *, key: str) -> None:
+        decoder = self.decoder
+        expected = {"num_codes": decoder.num_codes, "num_sites": decoder.num_proxies, "image_size": self.image_size}
+        for name, value in expected.items():
+            if (got := getattr(proxies, name)) != value:
+                raise ValueError(f"{key}.{name}: expected {value} as the tokenizer's proxies have, got {got}")
 
     def decode(self, tokens: Tensor) -> Tensor:
         """See the base class."""
@@ -229,10 +261,21 @@ class SFTok(ImageTokenizer):
         Raises:
             ValueError: If steps or temperature are out of range, or the code vectors have another shape.
         """
+        return deque(self.predictions(embeddings, noise, steps=steps, temperature=temperature), maxlen=1).pop()
+
+    def predictions(
+        self,
+        embeddings: Tensor,
+        noise: UniformSource | None = None,
+        *,
+        steps: int | None = None,
+        temperature: float | None = None,
+    ) -> Iterator[Refined]:
+        """What each step of `refine` predicts of all proxies; arguments and errors as there."""
         if embeddings.shape[1:] != (self.num_sites, self.code_dim):
             expected = f"(B, {self.num_sites}, {self.code_dim})"
             raise ValueError(f"embeddings: expected shape {expected}, got {tuple(embeddings.shape)}")
-        return self.decoder.refine(
+        return self.decoder.predictions(
             embeddings,
             _SameForAll(self.noise_seed, like=embeddings) if noise is None else noise,
             steps=self.steps if steps is None else steps,
@@ -262,6 +305,22 @@ class SFTok(ImageTokenizer):
     def decode_embeddings(self, embeddings: Tensor) -> Tensor:
         """See the base class."""
         return self.decode_raw(embeddings).clamp(0, 1)
+
+
+def _described(pixel_decoder: ConvVQTokenizer | MaskGITVQGAN | Mapping[str, Any]) -> dict[str, Any]:
+    """A pixel decoder in a config: MaskGIT's by its arguments alone, as published."""
+    if isinstance(pixel_decoder, ConvVQTokenizer):
+        return to_config(pixel_decoder)
+    if isinstance(pixel_decoder, MaskGITVQGAN):
+        return {name: pixel_decoder.config[name] for name in _PIXEL_SIZES}
+    return dict(pixel_decoder)
+
+
+def _conv_vq(config: Mapping[str, Any]) -> ConvVQTokenizer:
+    built = from_config(config, key="tokenizer.pixel_decoder")
+    if not isinstance(built, ConvVQTokenizer):
+        raise ValueError(f"tokenizer.pixel_decoder: expected a ConvVQTokenizer, got a {type(built).__name__}")
+    return built
 
 
 class _SameForAll:

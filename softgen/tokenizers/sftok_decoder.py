@@ -4,7 +4,8 @@ Shape legend: B batch, L latent tokens, D code dimension, P proxies, V proxy cod
 """
 
 import math
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -30,11 +31,11 @@ _SCHEDULES: dict[str, Callable[[Tensor, float], Tensor]] = {
 
 @dataclass(frozen=True)
 class Refined:
-    """What the steps of the decoder left.
+    """What a step of the decoder predicts.
 
     Attributes:
         tokens: Proxy codes (B, P), int64.
-        logits: Of the last step, at all proxies, (B, P, V), float32; differentiable in the latents.
+        logits: At all proxies, (B, P, V), float32; those of the last step are differentiable in the latents.
     """
 
     tokens: Tensor
@@ -123,19 +124,31 @@ class SFTokDecoder(nn.Module):
         Raises:
             ValueError: If steps or temperature are out of range.
         """
+        return deque(self.predictions(z, noise, steps=steps, temperature=temperature), maxlen=1).pop()
+
+    def predictions(self, z: Tensor, noise: UniformSource, *, steps: int, temperature: float) -> Iterator[Refined]:
+        """What each step of `refine` predicts, of all proxies; arguments and errors as there.
+
+        Proxies that an earlier step has settled are tokens as they were settled; the logits are those of the step.
+        """
         self.check_steps(steps, temperature)
+        return self._predictions(z, noise, steps, temperature)
+
+    def _predictions(self, z: Tensor, noise: UniformSource, steps: int, temperature: float) -> Iterator[Refined]:
         tokens = torch.full((len(z), self.num_proxies), self.mask_id, device=z.device)
         for step in range(steps - 1):
             with torch.no_grad():
                 progress = (step + 1) / steps
-                drawn, confidence = _draw(self.proxy_logits(tokens, z), tokens, noise, temperature * (1 - progress))
+                logits = self.proxy_logits(tokens, z)
+                drawn, confidence = _draw(logits, tokens, noise, temperature * (1 - progress))
                 masked = int((tokens[:1] == self.mask_id).sum())
                 kept = math.floor(self.num_proxies * math.acos(progress) / (math.pi / 2))
                 count = max(1, min(masked - 1, kept))
                 threshold = confidence.sort(dim=-1).values[:, count - 1 : count]
                 tokens = drawn.masked_fill(confidence <= threshold, self.mask_id)
+            yield Refined(tokens=drawn, logits=logits)
         logits = self.proxy_logits(tokens, z)
-        return Refined(tokens=_draw(logits.detach(), tokens, noise, 0.0)[0], logits=logits)
+        yield Refined(tokens=_draw(logits.detach(), tokens, noise, 0.0)[0], logits=logits)
 
     def check_steps(self, steps: int, temperature: float, *, key: str = "") -> None:
         """Refuse what `refine` cannot do.

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from softgen import load_tokenizer
 from softgen.categorical import StoredNoise
 from softgen.convert import main as convert
-from softgen.tokenizers import SFTok, TiTok
+from softgen.tokenizers import ConvVQTokenizer, ImageTokenizer, MaskGITVQGAN, SFTok, TiTok
 from softgen.tokenizers.optvq import sinkhorn_codes, straight_through
 from softgen.tokenizers.sftok_decoder import SFTokDecoder, proxy_loss, self_forced_input
 
@@ -214,6 +214,89 @@ def test_a_codebook_of_another_size_is_refused(tmp_path: Path) -> None:
         build().decode(torch.full((1, 5), 9))
     with pytest.raises(ValueError, match=r"^embeddings: expected shape \(B, 5, 4\), got \(1, 5, 3\)$"):
         build().decode_embeddings(torch.zeros(1, 5, 3))
+
+
+def conv_vq(**changes: Any) -> ConvVQTokenizer:
+    return ConvVQTokenizer(**{"image_size": 16, "num_codes": 7, "code_dim": 3, "channels": [8, 8, 8], **changes})
+
+
+def test_the_tokenizer_of_the_proxies_gives_the_pixels(tmp_path: Path) -> None:
+    bare, proxies = build(pixel_decoder=None), conv_vq()
+    tokenizer = bare.with_pixels(proxies)
+    state = tokenizer.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in bare.state_dict().items())
+    codes = torch.randint(7, (2, 16))
+    images = tokenizer.pixels(100.0 * F.one_hot(codes, 7))
+    torch.testing.assert_close(images, proxies.decode_raw(proxies.codebook[codes]))
+    with torch.no_grad():
+        next(tokenizer.pixel_decoder.parameters()).zero_()
+    assert next(proxies.decoder.parameters()).any(), "they are its own, to be trained"
+
+    tokenizer.save_pretrained(tmp_path / "model")
+    again = load_tokenizer(tmp_path / "model")
+    assert isinstance(again, SFTok)
+    assert again.config == tokenizer.config
+    tokens = torch.randint(9, (2, 5))
+    torch.testing.assert_close(again.decode(tokens), tokenizer.decode(tokens))
+    given = SFTok(**{**TINY, "pixel_decoder": proxies})
+    assert given.config == tokenizer.config
+    assert torch.equal(given.pixel_quantize.embedding.weight, proxies.codebook)
+
+
+def test_pixels_of_maskgits_vqgan_keep_the_published_layout() -> None:
+    vqgan = MaskGITVQGAN(image_size=16, codebook_size=7, **PIXELS)
+    tokenizer = build(pixel_decoder=None).with_pixels(vqgan)
+    assert tokenizer.config == build().config
+    assert tokenizer.state_dict().keys() == build().state_dict().keys()
+    assert torch.equal(tokenizer.pixel_quantize.embedding.weight, vqgan.codebook)
+
+
+@pytest.mark.parametrize(
+    ("proxies", "message"),
+    [
+        (conv_vq(num_codes=8), "proxies.num_codes: expected 7 as the tokenizer's proxies have, got 8"),
+        (conv_vq(channels=[8, 8]), "proxies.num_sites: expected 16 as the tokenizer's proxies have, got 64"),
+        (
+            conv_vq(image_size=32, channels=[8, 8, 8, 8]),
+            "proxies.image_size: expected 16 as the tokenizer's proxies have, got 32",
+        ),
+        (
+            build(),
+            "proxies: expected a ConvVQTokenizer or a MaskGITVQGAN to take the pixel decoder from, got a SFTok",
+        ),
+    ],
+)
+def test_proxies_of_another_kind(proxies: ImageTokenizer, message: str) -> None:
+    with pytest.raises(ValueError, match=r"^proxies") as caught:
+        build(pixel_decoder=None).with_pixels(proxies)
+    assert str(caught.value) == message
+
+
+def test_every_step_says_what_it_predicts() -> None:
+    tokenizer, latents = build(temperature=1.0), torch.randn(2, 5, 4)
+    steps = list(tokenizer.predictions(latents))
+    assert len(steps) == tokenizer.steps
+    last = tokenizer.refine(latents)
+    assert torch.equal(steps[-1].tokens, last.tokens)
+    assert torch.equal(steps[-1].logits, last.logits)
+    for step in steps:
+        assert step.tokens.shape == (2, 16)
+        assert step.tokens.max() < 7
+        assert step.logits.shape == (2, 16, 7)
+    hidden = torch.full((2, 16), 7)
+    torch.testing.assert_close(steps[0].logits, tokenizer.decoder.proxy_logits(hidden, latents))
+    assert [step.logits.requires_grad for step in steps] == [False, False, False, True]
+    with pytest.raises(ValueError, match=r"^steps: expected 1 to 16, the number of proxies, got 17$"):
+        tokenizer.predictions(latents, steps=17)
+
+
+def test_a_step_of_training_leaves_a_mark() -> None:
+    tokenizer = SFTok(**TINY)
+    assert tokenizer.untrained
+    optimizer = torch.optim.SGD(tokenizer.quantizer.parameters(), lr=1e-3)
+    tokenizer.codebook.sum().backward()
+    optimizer.step()
+    assert not tokenizer.untrained
 
 
 @pytest.mark.parametrize(

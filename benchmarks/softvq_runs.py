@@ -1,0 +1,314 @@
+"""The runs of benchmarks/softvq.py: which tokenizers and generators are trained, how, and what is measured of them."""
+
+import contextlib
+import json
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from softgen.classifier import RECIPES, named_data
+from softgen.evaluate import named_protocol, write_json
+from softgen.flow import FlowSampler
+from softgen.generation import balanced_labels, flow_latents, generate
+from softgen.loading import load_continuous_tokenizer
+from softgen.metrics import FeatureStatistics, frechet_distance, linear_probe, train_classifier
+from softgen.metrics.features import extract_features
+from softgen.metrics.protocol import Protocol
+from softgen.models import SiT
+from softgen.tokenizers import SoftVQ
+from softgen.tokenizers.baseline_quantizers import NoQuantizer
+from softgen.training.code_usage import code_usage, count_codes
+
+CONFIGS = Path(__file__).parents[1] / "configs" / "softvq"
+TOKENS = (32, 16, 8)
+COMPARED = 8
+"""Tokens of everything but the comparison of lengths: the highest compression."""
+CODES = 512
+KINDS: Mapping[str, Mapping[str, Any]] = {
+    "VQ": {"quantization": "vq"},
+    "AE": {"quantization": "none"},
+    "SoftVQ": {},
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where things are, and how long the runs are.
+
+    Attributes:
+        root: Folder of the runs.
+        data_root: Folder of Fashion-MNIST's files.
+        tokenizer_steps: Of every tokenizer.
+        flow_steps: Of every generator.
+        sampler_steps: Heun steps of every sample.
+        n: Held-out images of each figure, and training images of the probe.
+        samples: Of a generation distance.
+    """
+
+    root: Path
+    data_root: str
+    tokenizer_steps: int
+    flow_steps: int
+    sampler_steps: int
+    n: int
+    samples: int
+
+    def figures(self, kind: str) -> dict[str, int]:
+        """What the results of a kind of run depend on, besides the run."""
+        own = {"tokenizer_steps": self.tokenizer_steps, "n": self.n}
+        if kind == "flow":
+            own |= {"flow_steps": self.flow_steps, "sampler_steps": self.sampler_steps, "samples": self.samples}
+        return own
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A tokenizer to train.
+
+    Attributes:
+        name: In the tables.
+        tokens: L.
+        seed: Of weights, data order and noise.
+        options: Arguments of `SoftVQ` that differ from the recipe.
+        aligned: Whether its latents are aligned with the judge's features.
+    """
+
+    name: str
+    tokens: int
+    seed: int
+    options: Mapping[str, Any] = field(default_factory=dict)
+    aligned: bool = False
+
+    @property
+    def folder(self) -> str:
+        """Of its run, within the root."""
+        words = self.name.lower().replace(" ", "_").replace("=", "_").replace(",", "")
+        return f"{words}_{self.tokens}_seed_{self.seed}"
+
+
+def kind_arms(seeds: Sequence[int], length_seeds: Sequence[int]) -> list[Arm]:
+    """The same network with hard codes, none and soft codes, at the highest compression and then at the others."""
+    return [
+        Arm(name, tokens, seed, options)
+        for tokens in reversed(TOKENS)
+        for name, options in KINDS.items()
+        for seed in (seeds if tokens == COMPARED else length_seeds)
+    ]
+
+
+def aligned_arms(seeds: Sequence[int]) -> list[Arm]:
+    """SoftVQ with alignment."""
+    return [Arm("SoftVQ aligned", COMPARED, seed, aligned=True) for seed in seeds]
+
+
+def tau_arms(sweep_seeds: Sequence[int]) -> list[Arm]:
+    """Temperatures other than 0.07."""
+    taus = (0.001, 0.01, 0.1, 1.0)
+    arms = [Arm(f"tau={tau:g}", COMPARED, seed, {"tau": tau}) for tau in taus for seed in sweep_seeds]
+    return arms + [Arm("tau learnable", COMPARED, seed, {"temperature": "learnable"}) for seed in sweep_seeds]
+
+
+def codebook_arms(sweep_seeds: Sequence[int]) -> list[Arm]:
+    """Codebooks of other sizes."""
+    return [
+        Arm(f"K={codes}", COMPARED, seed, {"codebook_size": codes}) for codes in (32, 128, 2048) for seed in sweep_seeds
+    ]
+
+
+def variant_arms(sweep_seeds: Sequence[int]) -> list[Arm]:
+    """Product, residual, both, and predicted temperatures."""
+    variants: Mapping[str, Mapping[str, Any]] = {
+        "PQ, G=2": {"groups": 2},
+        "PQ, G=4": {"groups": 4},
+        "RQ": {"levels": 2},
+        "R-PQ, G=4": {"groups": 4, "levels": 2},
+        "GMMVQ": {"temperature": "predicted"},
+    }
+    return [Arm(name, COMPARED, seed, options) for name, options in variants.items() for seed in sweep_seeds]
+
+
+def prepare(setting: Setting) -> None:
+    """Train the extractor that distances are measured with, and another classifier that latents are aligned with."""
+    torch.set_num_threads(1)
+    _protocol(setting)
+    if not (_judge(setting) / "config.json").is_file():
+        recipe = RECIPES["fashion_mnist"]
+        data = named_data("fashion_mnist", data_root=setting.data_root)
+        trained = train_classifier(
+            data, name=f"{recipe.name}_seed_1", epochs=recipe.epochs, width=recipe.width, seed=1, progress=False
+        )
+        trained.classifier.save(_judge(setting))
+
+
+def _judge(setting: Setting) -> Path:
+    return setting.root / "judge"
+
+
+@cache
+def _protocol(setting: Setting) -> Protocol:
+    folder = str(setting.root / "extractor")
+    return named_protocol("fashion_mnist", data_root=setting.data_root, folder=folder, progress=False)
+
+
+@dataclass(frozen=True)
+class _Images:
+    """Held-out images and as many of the training images as the probe takes, with labels."""
+
+    train: Tensor
+    train_labels: Tensor
+    held_out: Tensor
+    held_out_labels: Tensor
+    reference: FeatureStatistics
+
+
+@cache
+def _images(setting: Setting) -> _Images:
+    data = named_data("fashion_mnist", data_root=setting.data_root)
+    train, held_out = data.train_source(), data.val_source()
+    seen, unseen = (source.fetch(range(min(setting.n, len(source)))) for source in (train, held_out))
+    features = extract_features(unseen["image"], extractor=_protocol(setting).extractor).features
+    return _Images(
+        train=seen["image"],
+        train_labels=seen["label"],
+        held_out=unseen["image"],
+        held_out_labels=unseen["label"],
+        reference=FeatureStatistics.from_features(features),
+    )
+
+
+def run_tokenizer(setting: Setting, arm: Arm) -> None:
+    """Train and measure a tokenizer; nothing if that is done."""
+    folder = setting.root / arm.folder
+    if _done(folder, setting.figures("tokenizer")):
+        return
+    init = "--model.init_args.tokenizer.init_args."
+    words = [f"{init}num_latents={arm.tokens}", *(f"{init}{name}={value}" for name, value in arm.options.items())]
+    if arm.options.get("quantization", "soft") != "soft":
+        words.append("--model.init_args.kl_weight=0")
+    if arm.aligned:
+        align = {"features": str(_judge(setting)), "how": "avg_1d", "hidden": 128, "weight": 0.01}
+        words.append(f"--model.init_args.align={json.dumps(align)}")
+    seconds = _fit(setting, "1_tokenizer", folder, words, seed=arm.seed, steps=setting.tokenizer_steps)
+    tokenizer = open_tokenizer(folder)
+    write_json(
+        folder / "result.json",
+        {"settings": setting.figures("tokenizer"), "seconds": seconds, **_measure_tokenizer(setting, tokenizer)},
+    )
+
+
+def run_flow(setting: Setting, arm: Arm) -> None:
+    """Train and measure a generator on the latents of a tokenizer; nothing if that is done."""
+    folder = flow_folder(setting, arm)
+    if _done(folder, setting.figures("flow")):
+        return
+    tokenizer = setting.root / arm.folder / "model"
+    words = [f"--model.init_args.tokenizer={tokenizer}"]
+    words.append(f"--model.init_args.model.init_args.num_latents={arm.tokens}")
+    seconds = _fit(setting, "2_flow", folder, words, seed=arm.seed, steps=setting.flow_steps)
+    labels = balanced_labels(setting.samples, num_classes=10)
+    model, decoder = SiT.from_pretrained(folder / "model"), load_continuous_tokenizer(folder / "model")
+    source = flow_latents(model, FlowSampler(steps=setting.sampler_steps), decoder)
+    made = generate(source, decoder, labels, seed=arm.seed, batch_size=1000)
+    quality = asdict(_protocol(setting).score(made.images, labels))
+    write_json(folder / "result.json", {"settings": setting.figures("flow"), "seconds": seconds, **quality})
+
+
+def flow_folder(setting: Setting, arm: Arm) -> Path:
+    """The folder of a generator's run."""
+    return setting.root / f"sit_on_{arm.folder}"
+
+
+def result(folder: Path) -> dict[str, Any]:
+    """What a finished run wrote."""
+    content: dict[str, Any] = json.loads((folder / "result.json").read_text())
+    return content
+
+
+def open_tokenizer(folder: Path) -> SoftVQ:
+    """The tokenizer of a run."""
+    tokenizer = load_continuous_tokenizer(folder / "model")
+    assert isinstance(tokenizer, SoftVQ)
+    return tokenizer
+
+
+def _done(folder: Path, settings: Mapping[str, int]) -> bool:
+    if not (folder / "result.json").is_file():
+        return False
+    kept = result(folder)["settings"]
+    if kept != dict(settings):
+        raise ValueError(f"out: expected runs of {dict(settings)} in {folder}, got runs of {kept}")
+    return True
+
+
+def _fit(setting: Setting, stage: str, folder: Path, words: Sequence[str], *, seed: int, steps: int) -> float:
+    """Train a stage of the recipe; the seconds that it took, which other work on the machine may lengthen."""
+    from softgen.fit import main as fit
+
+    torch.set_num_threads(1)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    common = {
+        "config": CONFIGS / f"{stage}.yaml",
+        "run_dir": folder,
+        "seed": seed,
+        "data.init_args.root": setting.data_root,
+        "trainer.accelerator": "cpu",
+        "trainer.max_steps": steps,
+        "trainer.logger": "false",
+        "trainer.limit_val_batches": 0,
+        "checkpoint.every_n_steps": steps,
+    }
+    with (folder / "log.txt").open("w") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        begin = time.perf_counter()
+        try:
+            fit([*(f"--{name}={value}" for name, value in common.items()), *words])
+        except SystemExit as stop:
+            raise RuntimeError(f"training failed: see {log.name}") from stop
+        seconds = time.perf_counter() - begin
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    return seconds
+
+
+@torch.no_grad()
+def _measure_tokenizer(setting: Setting, tokenizer: SoftVQ) -> dict[str, Any]:
+    """Reconstruction, codes in use and linear probe on held-out images."""
+    images = _images(setting)
+    decoded, latents, counts = [], [], None
+    for part in _parts(images.held_out):
+        raw = tokenizer.raw_latents(part)
+        latents.append(tokenizer.quantizer(raw))
+        decoded.append(tokenizer.decode(latents[-1]))
+        if not isinstance(tokenizer.quantizer, NoQuantizer):
+            new = count_codes(tokenizer.quantizer.codes(raw), num_codes=tokenizer.config["codebook_size"])
+            counts = new if counts is None else counts + new
+    pixels = torch.cat(decoded)
+    features = extract_features(pixels, extractor=_protocol(setting).extractor).features
+    usage = None if counts is None else code_usage(counts)
+    train = torch.cat([tokenizer.encode(part) for part in _parts(images.train)])
+    probe = linear_probe(train, images.train_labels, torch.cat(latents), images.held_out_labels)
+    return {
+        "fd": frechet_distance(FeatureStatistics.from_features(features), images.reference),
+        "n": len(pixels),
+        "mse": F.mse_loss(pixels, images.held_out).item(),
+        "codebook_used": None if usage is None else float(usage.used),
+        "perplexity": None if usage is None else float(usage.perplexity),
+        "probe": probe.accuracy,
+    }
+
+
+def _parts(images: Tensor) -> Iterator[Tensor]:
+    yield from torch.split(images, 500)
+
+
+def held_out_images(setting: Setting, count: int) -> tuple[Tensor, Tensor]:
+    """The first held-out images and their labels."""
+    images = _images(setting)
+    return images.held_out[:count], images.held_out_labels[:count]
