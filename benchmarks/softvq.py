@@ -3,8 +3,9 @@
     python benchmarks/softvq.py --data_root /usr/share/datasets/fashion-mnist
 
 Fashion-MNIST. Reconstruction at 32, 16 and 8 tokens, temperatures, codebook sizes, the variants of the paper,
-alignment, linear probes, and a SiT on the latents. Every tokenizer is trained for equal steps on the same batches.
-Writes softvq.json, .md and .png to benchmarks/results. A run whose folder holds a result is not run again.
+alignment, linear probes, and a SiT on the latents; OpenMoji: the quantisers at 8 tokens. Every tokenizer is trained for
+equal steps on the same batches. Writes softvq.json, .md and .png to benchmarks/results. A run whose folder holds a
+result is not run again.
 """
 
 import time
@@ -24,6 +25,7 @@ from softvq_runs import (
     codebook_arms,
     flow_folder,
     kind_arms,
+    openmoji_arms,
     prepare,
     result,
     run_flow,
@@ -46,7 +48,7 @@ def benchmark(
     results: str = str(Path(__file__).parent / "results"),
     processes: int = 2,
     tokenizer_steps: int = 2400,
-    flow_steps: int = 1500,
+    flow_steps: int = 2500,
     sampler_steps: int = 10,
     n: int = 10_000,
     samples: int = 5000,
@@ -72,11 +74,12 @@ def benchmark(
     begin = time.perf_counter()
     setting = Setting(Path(out), data_root, tokenizer_steps, flow_steps, sampler_steps, n, samples)
     kinds, aligned = kind_arms(seeds, length_seeds), aligned_arms(seeds)
+    emoji = openmoji_arms(seeds)
     arms = [*kinds, *aligned, *tau_arms(sweep_seeds), *codebook_arms(sweep_seeds), *variant_arms(sweep_seeds)]
     generators = [arm for arm in [*kinds, *aligned] if arm.tokens == COMPARED]
     prepare(setting)
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        _all(pool, run_tokenizer, setting, arms)
+        _all(pool, run_tokenizer, setting, [*arms, *emoji])
         _all(pool, run_flow, setting, generators)
     content: dict[str, Any] = {
         "command": f"python benchmarks/softvq.py --data_root FOLDER --tokenizer_steps {tokenizer_steps} "
@@ -85,6 +88,7 @@ def benchmark(
         "seeds": seeds,
         "settings": setting.figures("flow"),
         "tokenizers": [{**asdict(arm), **result(setting.root / arm.folder)} for arm in arms],
+        "openmoji": [{**asdict(arm), **result(setting.root / arm.folder)} for arm in emoji],
         "generators": [{**asdict(arm), **result(flow_folder(setting, arm))} for arm in generators],
     }
     content["claims"] = claims(content)

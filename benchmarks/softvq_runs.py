@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from softgen.classifier import RECIPES, named_data
+from softgen.data import OpenMoji
 from softgen.evaluate import named_protocol, write_json
 from softgen.flow import FlowSampler
 from softgen.generation import balanced_labels, flow_latents, generate
@@ -79,6 +80,7 @@ class Arm:
         seed: Of weights, data order and noise.
         options: Arguments of `SoftVQ` that differ from the recipe.
         aligned: Whether its latents are aligned with the judge's features.
+        openmoji: Whether it learns OpenMoji at 32 pixels in place of Fashion-MNIST.
     """
 
     name: str
@@ -86,12 +88,13 @@ class Arm:
     seed: int
     options: Mapping[str, Any] = field(default_factory=dict)
     aligned: bool = False
+    openmoji: bool = False
 
     @property
     def folder(self) -> str:
         """Of its run, within the root."""
         words = self.name.lower().replace(" ", "_").replace("=", "_").replace(",", "")
-        return f"{words}_{self.tokens}_seed_{self.seed}"
+        return f"{'openmoji_' if self.openmoji else ''}{words}_{self.tokens}_seed_{self.seed}"
 
 
 def kind_arms(seeds: Sequence[int], length_seeds: Sequence[int]) -> list[Arm]:
@@ -133,6 +136,15 @@ def variant_arms(sweep_seeds: Sequence[int]) -> list[Arm]:
         "GMMVQ": {"temperature": "predicted"},
     }
     return [Arm(name, COMPARED, seed, options) for name, options in variants.items() for seed in sweep_seeds]
+
+
+def openmoji_arms(seeds: Sequence[int]) -> list[Arm]:
+    """The quantisers on pictures in colour."""
+    vit = {"width": 64, "depth": 2, "heads": 2, "patch_size": 8}
+    sizes = {"image_size": 32, "encoder": vit, "decoder": vit}
+    return [
+        Arm(name, COMPARED, seed, {**sizes, **kind}, openmoji=True) for name, kind in KINDS.items() for seed in seeds
+    ]
 
 
 def prepare(setting: Setting) -> None:
@@ -190,18 +202,22 @@ def run_tokenizer(setting: Setting, arm: Arm) -> None:
     if _done(folder, setting.figures("tokenizer")):
         return
     init = "--model.init_args.tokenizer.init_args."
-    words = [f"{init}num_latents={arm.tokens}", *(f"{init}{name}={value}" for name, value in arm.options.items())]
+    options = {name: json.dumps(value) if isinstance(value, dict) else value for name, value in arm.options.items()}
+    words = [f"{init}num_latents={arm.tokens}", *(f"{init}{name}={value}" for name, value in options.items())]
+    words += (
+        ["--data=softgen.data.OpenMoji", "--data.init_args.batch_size=32"]
+        if arm.openmoji
+        else [f"--data.init_args.root={setting.data_root}"]
+    )
     if arm.options.get("quantization", "soft") != "soft":
         words.append("--model.init_args.kl_weight=0")
     if arm.aligned:
         align = {"features": str(_judge(setting)), "how": "avg_1d", "hidden": 128, "weight": 0.01}
         words.append(f"--model.init_args.align={json.dumps(align)}")
     seconds = _fit(setting, "1_tokenizer", folder, words, seed=arm.seed, steps=setting.tokenizer_steps)
-    tokenizer = open_tokenizer(folder)
-    write_json(
-        folder / "result.json",
-        {"settings": setting.figures("tokenizer"), "seconds": seconds, **_measure_tokenizer(setting, tokenizer)},
-    )
+    measure = _measure_openmoji if arm.openmoji else _measure_tokenizer
+    figures = measure(setting, open_tokenizer(folder))
+    write_json(folder / "result.json", {"settings": setting.figures("tokenizer"), "seconds": seconds, **figures})
 
 
 def run_flow(setting: Setting, arm: Arm) -> None:
@@ -212,6 +228,7 @@ def run_flow(setting: Setting, arm: Arm) -> None:
     tokenizer = setting.root / arm.folder / "model"
     words = [f"--model.init_args.tokenizer={tokenizer}"]
     words.append(f"--model.init_args.model.init_args.num_latents={arm.tokens}")
+    words.append(f"--data.init_args.root={setting.data_root}")
     seconds = _fit(setting, "2_flow", folder, words, seed=arm.seed, steps=setting.flow_steps)
     labels = balanced_labels(setting.samples, num_classes=10)
     model, decoder = SiT.from_pretrained(folder / "model"), load_continuous_tokenizer(folder / "model")
@@ -259,7 +276,6 @@ def _fit(setting: Setting, stage: str, folder: Path, words: Sequence[str], *, se
         "config": CONFIGS / f"{stage}.yaml",
         "run_dir": folder,
         "seed": seed,
-        "data.init_args.root": setting.data_root,
         "trainer.accelerator": "cpu",
         "trainer.max_steps": steps,
         "trainer.logger": "false",
@@ -281,8 +297,33 @@ def _fit(setting: Setting, stage: str, folder: Path, words: Sequence[str], *, se
 def _measure_tokenizer(setting: Setting, tokenizer: SoftVQ) -> dict[str, Any]:
     """Reconstruction, codes in use and linear probe on held-out images."""
     images = _images(setting)
+    pixels, latents, figures = _reconstruct(tokenizer, images.held_out)
+    features = extract_features(pixels, extractor=_protocol(setting).extractor).features
+    train = torch.cat([tokenizer.encode(part) for part in _parts(images.train)])
+    probe = linear_probe(train, images.train_labels, latents, images.held_out_labels)
+    distance = frechet_distance(FeatureStatistics.from_features(features), images.reference)
+    return {**figures, "fd": distance, "probe": probe.accuracy}
+
+
+@torch.no_grad()
+def _measure_openmoji(setting: Setting, tokenizer: SoftVQ) -> dict[str, Any]:
+    """Reconstruction and codes in use. The held-out emoji are too few for a Frechet distance."""
+    return _reconstruct(tokenizer, openmoji_images())[2]
+
+
+def openmoji_images() -> Tensor:
+    """The held-out emoji."""
+    data = OpenMoji()
+    data.prepare_data()
+    source = data.val_source()
+    images: Tensor = source.fetch(range(len(source)))["image"]
+    return images
+
+
+def _reconstruct(tokenizer: SoftVQ, images: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Reconstructions, latents and figures."""
     decoded, latents, counts = [], [], None
-    for part in _parts(images.held_out):
+    for part in _parts(images):
         raw = tokenizer.raw_latents(part)
         latents.append(tokenizer.quantizer(raw))
         decoded.append(tokenizer.decode(latents[-1]))
@@ -290,18 +331,14 @@ def _measure_tokenizer(setting: Setting, tokenizer: SoftVQ) -> dict[str, Any]:
             new = count_codes(tokenizer.quantizer.codes(raw), num_codes=tokenizer.config["codebook_size"])
             counts = new if counts is None else counts + new
     pixels = torch.cat(decoded)
-    features = extract_features(pixels, extractor=_protocol(setting).extractor).features
     usage = None if counts is None else code_usage(counts)
-    train = torch.cat([tokenizer.encode(part) for part in _parts(images.train)])
-    probe = linear_probe(train, images.train_labels, torch.cat(latents), images.held_out_labels)
-    return {
-        "fd": frechet_distance(FeatureStatistics.from_features(features), images.reference),
+    figures = {
         "n": len(pixels),
-        "mse": F.mse_loss(pixels, images.held_out).item(),
+        "mse": F.mse_loss(pixels, images).item(),
         "codebook_used": None if usage is None else float(usage.used),
         "perplexity": None if usage is None else float(usage.perplexity),
-        "probe": probe.accuracy,
     }
+    return pixels, torch.cat(latents), figures
 
 
 def _parts(images: Tensor) -> Iterator[Tensor]:
