@@ -4,19 +4,22 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+_UNION = "Does not validate against any of the Union subtypes"
+
 
 def one_line(message: object) -> str:
     """Fold a message of several lines into one: the key, then the reason.
 
-    jsonargparse reports every branch of a union; the branches that only say that None was possible are left out.
+    jsonargparse reports every branch of a union, and of the unions within it; of the reasons, one that says more than
+    that another type was expected is kept.
     """
     lines = [line.rstrip() for line in str(message).splitlines() if line.strip()]
     for index, line in enumerate(lines):
-        if "Does not validate against any of the Union subtypes" in line:
-            rest = "\n".join(lines[index + 1 :]).split("\n  Given value type")[0]
-            reasons = re.split(r"^\s+- ", rest, flags=re.MULTILINE)[1:]
-            useful = [reason for reason in reasons if "NoneType" not in reason] or reasons
-            lines = [*lines[:index], *useful[:1]]
+        if _UNION in line:
+            reasons = _reasons(lines[index + 1 :])
+            useful = [reason for reason in reasons if "NoneType" not in reason]
+            telling = [reason for reason in useful if not reason.startswith("Expected a <class")]
+            lines = [*lines[:index], *(telling or useful or reasons)[:1]]
             break
     text = re.sub(r"\s+", " ", " ".join(lines)).strip()
     text = re.sub(r'Parser key "([^"]+)": ?', r"\1: ", text)
@@ -25,6 +28,22 @@ def one_line(message: object) -> str:
     return re.sub(
         r"Option '([^']+)' is not accepted", r"unknown key: expected an argument of that class, got '\1'", text
     )
+
+
+def _reasons(lines: Sequence[str]) -> list[str]:
+    """Why each branch of a union, and of those within it, did not take the value."""
+    reasons: list[str] = []
+    is_reason = False
+    for line in lines:
+        entry = re.match(r"^\s*- (.*)$", line)
+        if entry is not None:
+            is_reason = _UNION not in line
+            reasons += [entry.group(1)] * is_reason
+        elif re.match(r"^\s*(Subtypes|Errors|Given value( type)?): ?", line):
+            is_reason = False
+        elif is_reason:
+            reasons[-1] += f"\n{line}"
+    return reasons
 
 
 def locate_unknown_key(message: str, words: Sequence[str]) -> str:

@@ -24,7 +24,7 @@ STAGES = ("0_proxies", "1_warm_up", "2_alignment", "3_fine_tuning", "4_teacher",
 TOKENIZER, MODEL = "--model.init_args.tokenizer.init_args.", "--model.init_args.model.init_args."
 VIT = "{width: 8, depth: 1, heads: 1, patch_size: 4}"
 SMALL = {
-    "0_proxies": [f"{TOKENIZER}num_codes=6", f"{TOKENIZER}channels=[8, 8, 8]"],
+    "0_proxies": [f"{TOKENIZER}num_codes=6", f"{TOKENIZER}channels=[8, 8]"],
     "1_warm_up": [
         f"{TOKENIZER}codebook_size=5",
         f"{TOKENIZER}num_latent_tokens=3",
@@ -158,7 +158,8 @@ def test_a_stage_without_the_one_before(root: Path, capsys: pytest.CaptureFixtur
     fresh = "--model.init_args.tokenizer={class_path: softgen.tokenizers.SFTok, init_args: {image_size: 28, "
     fresh += f"encoder: {VIT}, decoder: {VIT}, proxy_codebook_size: 6}}}}"
     assert _error([*_words("2_alignment", root), fresh], capsys) == (
-        "model.tokenizer: expected the product of warm_up, or from_scratch: true for alignment, got an untrained SFTok"
+        "model.tokenizer: expected the product of warm_up for alignment, got an untrained SFTok "
+        "(from_scratch: true takes it)"
     )
     assert _error([*_words("3_fine_tuning", root), fresh], capsys) == (
         "model.tokenizer: expected the product of alignment for fine_tuning, got an untrained SFTok"

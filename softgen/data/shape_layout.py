@@ -8,10 +8,10 @@ Shape legend: B pictures, 4 places: 0 and 1 in the first row, 2 and 3 in the sec
 import torch
 from torch import Tensor
 
-MARGIN = 0.05
-"""Least distance from an object to the border, as a fraction of the side."""
-GAP = 0.11
-"""Least distance between two objects, along the rows or across them."""
+MARGIN = 0.04
+"""Least distance from an object to the border, as a fraction of the side, before places are rounded."""
+GAP = 0.16
+"""Least distance between two objects, along the rows or across them, before places are rounded."""
 MAX_SLANT = 0.25
 """Where a relation is stated: the largest offset across it, in units of the offset along it."""
 LAYOUT_DRAWS = 11

@@ -34,7 +34,7 @@ _RADIUS_STEP = 1 / 32
 
 # Radii in steps, by the number of objects: the smallest, the largest "small" and the smallest "large" one, the largest.
 # Two of the largest fit beside each other with all gaps.
-_RADII = torch.tensor(((5, 6, 8, 8), (5, 5, 6, 6), (5, 5, 6, 6), (5, 5, 6, 6)))
+_RADII = torch.tensor(((5, 5, 7, 7), (5, 5, 6, 6), (5, 5, 6, 6), (5, 5, 6, 6)))
 
 
 @dataclass(frozen=True)

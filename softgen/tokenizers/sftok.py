@@ -117,7 +117,7 @@ class SFTok(ImageTokenizer):
         self.decoder.check_steps(steps, temperature, key="tokenizer.")
         self.quantizer = OptVQCodebook(num_codes=codebook_size, code_dim=token_size, use_l2_norm=use_l2_norm)
         if isinstance(pixel_decoder, ConvVQTokenizer):
-            self._check_proxies(pixel_decoder, key="tokenizer.pixel_decoder")
+            self.check_proxies(pixel_decoder, key="tokenizer.pixel_decoder")
             self.pixel_quantize = CodeTable(proxy_codebook_size, pixel_decoder.code_dim)
             self.pixel_quantize.embedding.weight = nn.Parameter(pixel_decoder.codebook.clone())
             self.pixel_decoder: nn.Module = copy.deepcopy(pixel_decoder.decoder)
@@ -223,14 +223,19 @@ class SFTok(ImageTokenizer):
                 f"{key}: expected a ConvVQTokenizer or a MaskGITVQGAN to take the pixel decoder from, got a "
                 f"{type(proxies).__name__}"
             )
-        self._check_proxies(proxies, key=key)
+        self.check_proxies(proxies, key=key)
         copied = SFTok(**{**self.config, "pixel_decoder": _described(proxies)})
         pixels = {f"pixel_decoder.{name}": value for name, value in proxies.decoder.state_dict().items()}
         pixels["pixel_quantize.embedding.weight"] = proxies.codebook
         copied.load_state_dict({**self.state_dict(), **pixels})
         return copied.to(self.latent_tokens.device)
 
-    def _check_proxies(self, proxies: ImageTokenizer, *, key: str) -> None:
+    def check_proxies(self, proxies: ImageTokenizer, *, key: str) -> None:
+        """Refuse another tokenizer than one whose codes can be the proxies.
+
+        Raises:
+            ValueError: Naming what of it differs: its number of codes or of sites, or the size of its images.
+        """
         decoder = self.decoder
         expected = {"num_codes": decoder.num_codes, "num_sites": decoder.num_proxies, "image_size": self.image_size}
         for name, value in expected.items():

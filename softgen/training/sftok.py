@@ -1,6 +1,6 @@
 """SFTok's training (arXiv 2512.16910): warm-up, distribution alignment, fine-tuning."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Literal, get_args
 
 import torch
@@ -12,7 +12,6 @@ from softgen.data.token_cache import TokenCache
 from softgen.loading import load_tokenizer
 from softgen.pretrained import Pretrained
 from softgen.tokenizers.base import ImageTokenizer
-from softgen.tokenizers.maskgit_vqgan import MaskGITVQGAN
 from softgen.tokenizers.optvq import straight_through
 from softgen.tokenizers.sftok import SFTok
 from softgen.tokenizers.sftok_decoder import MaskSchedule, SelfForced, check_self_forcing, proxy_loss, self_forced_input
@@ -37,9 +36,10 @@ class SFTokTraining(CodeStage):
     Args:
         tokenizer: An SFTok, or the folder or hub id of one.
         teacher: Folder or hub id of the tokenizer whose codes the proxies are, one a patch, or that tokenizer:
-            MaskGIT's VQGAN. Its weights stay as they are. Fine-tuning needs it where the tokenizer has no pixel decoder
-            yet, to start from its.
+            MaskGIT's VQGAN, or a `ConvVQTokenizer`. Its weights stay as they are. Fine-tuning needs it where the
+            tokenizer has no pixel decoder yet, to start from its.
         phase: The stage.
+        from_scratch: Whether `alignment` may start from an untrained tokenizer, without the warm-up.
         optimizer: Settings of what is trained.
         replace_prob: Of `alignment`, in [0, 1]; 1 in the paper, 0 for its baseline, which shows the teacher's proxies.
         mask_schedule: See `self_forced_input`.
@@ -61,6 +61,7 @@ class SFTokTraining(CodeStage):
         tokenizer: str | SFTok,
         teacher: str | ImageTokenizer | None = None,
         phase: Phase = "warm_up",
+        from_scratch: bool = False,
         optimizer: OptimizerConfig = OptimizerConfig(  # noqa: B008 - frozen
             lr=1e-4, betas=(0.9, 0.99), weight_decay=1e-4
         ),
@@ -94,18 +95,16 @@ class SFTokTraining(CodeStage):
             raise ValueError(f"model.tokenizer: expected an SFTok, got a {type(opened).__name__}")
         if isinstance(teacher, str):
             teacher = load_tokenizer(teacher, key="model.teacher")
+        _check_before(opened, phase, from_scratch=from_scratch)
+        needs_pixels = phase == "fine_tuning" and opened.config["pixel_decoder"] is None
         if teacher is not None:
-            _check_teacher(opened, teacher)
+            opened.check_proxies(teacher, key="model.teacher")
             self.hold_frozen("teacher", teacher)
-        elif phase != "fine_tuning":
+        elif phase != "fine_tuning" or needs_pixels:
             raise ValueError(f"model.teacher: expected the tokenizer of the proxy codes for {phase}, got none")
-        if phase == "fine_tuning" and opened.config["pixel_decoder"] is None:
-            if not isinstance(teacher, MaskGITVQGAN):
-                raise ValueError(
-                    "model.teacher: expected a MaskGITVQGAN to take the pixel decoder from, got "
-                    f"{'none' if teacher is None else f'a {type(teacher).__name__}'}"
-                )
-            opened = opened.with_pixels(teacher)
+        if needs_pixels:
+            assert teacher is not None
+            opened = opened.with_pixels(teacher, key="model.teacher")
         self.tokenizer, self.phase = opened, phase
         self.reconstruction = ReconstructionLosses(
             image_size=opened.image_size,
@@ -265,11 +264,12 @@ class SFTokTraining(CodeStage):
         return self.teacher.decode(self.tokenizer.refine(codes).tokens)
 
 
-def _check_teacher(tokenizer: SFTok, teacher: ImageTokenizer) -> None:
-    decoder = tokenizer.decoder
-    expected = {"num_codes": decoder.num_codes, "num_sites": decoder.num_proxies, "image_size": tokenizer.image_size}
-    for name, value in expected.items():
-        if getattr(teacher, name) != value:
-            raise ValueError(
-                f"model.teacher.{name}: expected {value} as the tokenizer's proxies have, got {getattr(teacher, name)}"
-            )
+def _check_before(tokenizer: SFTok, phase: Phase, *, from_scratch: bool) -> None:
+    """Raise ValueError for a stage without the one before it."""
+    before: Mapping[Phase, Phase] = {"alignment": "warm_up", "fine_tuning": "alignment"}
+    if phase not in before or not tokenizer.untrained or (phase == "alignment" and from_scratch):
+        return
+    hint = " (from_scratch: true takes it)" if phase == "alignment" else ""
+    raise ValueError(
+        f"model.tokenizer: expected the product of {before[phase]} for {phase}, got an untrained SFTok{hint}"
+    )

@@ -30,9 +30,19 @@ def vqgan(codes: int = 5) -> MaskGITVQGAN:
     )
 
 
-def build(phase: Phase, **options: Any) -> SFTokTraining:
+def tokenizer(*, is_trained: bool) -> SFTok:
+    """Before any stage, or as if one had moved its codes."""
     torch.manual_seed(0)
-    given = {"tokenizer": SFTok(**TINY), "teacher": vqgan() if phase == "fine_tuning" else teacher(), **options}
+    made = SFTok(**TINY)
+    if is_trained:
+        with torch.no_grad():
+            made.quantizer.shared_linear.bias += 1e-6
+    return made
+
+
+def build(phase: Phase, **options: Any) -> SFTokTraining:
+    start = tokenizer(is_trained=phase != "warm_up")
+    given = {"tokenizer": start, "teacher": vqgan() if phase == "fine_tuning" else teacher(), **options}
     return SFTokTraining(phase=phase, optimizer=OptimizerConfig(lr=3e-3), **given)
 
 
@@ -119,6 +129,11 @@ def test_a_stage_goes_on_from_the_product_of_the_one_before(tmp_path: Path) -> N
     assert again.teacher is None
 
 
+def test_alignment_without_a_warm_up_where_it_is_asked_for() -> None:
+    stage = build("alignment", tokenizer=tokenizer(is_trained=False), from_scratch=True)
+    assert stage.tokenizer.untrained
+
+
 @pytest.mark.parametrize(
     ("phase", "options", "message"),
     [
@@ -138,7 +153,18 @@ def test_a_stage_goes_on_from_the_product_of_the_one_before(tmp_path: Path) -> N
         (
             "fine_tuning",
             {"teacher": None},
-            "model.teacher: expected a MaskGITVQGAN to take the pixel decoder from, got none",
+            "model.teacher: expected the tokenizer of the proxy codes for fine_tuning, got none",
+        ),
+        (
+            "alignment",
+            {"tokenizer": tokenizer(is_trained=False)},
+            "model.tokenizer: expected the product of warm_up for alignment, got an untrained SFTok "
+            "(from_scratch: true takes it)",
+        ),
+        (
+            "fine_tuning",
+            {"tokenizer": tokenizer(is_trained=False), "from_scratch": True},
+            "model.tokenizer: expected the product of alignment for fine_tuning, got an untrained SFTok",
         ),
         ("alignment", {"tokenizer": vqgan()}, "model.tokenizer: expected an SFTok, got a MaskGITVQGAN"),
     ],
