@@ -389,7 +389,7 @@ def main() -> None:
         root, seed, n, *only = sys.argv[2:]
         score_seed(Runs(Path(root)), int(seed), int(n), only)
     else:
-        run_command(benchmark, program="text_to_image")
+        run_command(benchmark, program="benchmarks/text_to_image.py", args=None)
 
 
 if __name__ == "__main__":
