@@ -98,9 +98,9 @@ def benchmark(
     """
     runs = Runs(Path(out))
     with ThreadPoolExecutor(processes) as pool:
-        clips = [pool.submit(train_clip, runs, name, seed) for name, seed in (("clip", 100), ("judge", 101))]
         teacher = pool.submit(train_teacher, runs)
-        for run in (*clips, teacher):
+        clips = [pool.submit(train_clip, runs, name, seed) for name, seed in (("clip", 100), ("judge", 101))]
+        for run in (teacher, *clips):
             run.result()
         list(pool.map(lambda seed: run_seed(runs, seed, only, n), seeds))
     content = {
