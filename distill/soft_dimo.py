@@ -2,14 +2,14 @@
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from distill.memory import halve_around_codebook, kept_casts, recompute
 from distill.objectives.base import DistillState, Objective
 from distill.objectives.dimo import DiMO
 from distill.weighting import weigh
@@ -20,7 +20,7 @@ from softgen.loading import check_compatible, check_same_sites, load_generator, 
 from softgen.models.base import MaskedDiffusionModel
 from softgen.models.conditions import Asked, Condition
 from softgen.models.generator import MaskUnit, OneStepGenerator
-from softgen.models.text import TextEncoder, freeze_text_encoder
+from softgen.models.text import freeze_text_encoder
 from softgen.pretrained import CONFIG_NAME, Pretrained, resolve_folder
 from softgen.relaxation import decoding_gap, probabilities, sharpness
 from softgen.tokenizers.base import ImageTokenizer
@@ -120,10 +120,10 @@ class SoftDiMO(Stage):
             self.teacher.to(torch.bfloat16)
             if decoder is not None:
                 self._exported["tokenizer"] = copy.deepcopy(decoder)
-                _halve_around_codebook(decoder)
+                halve_around_codebook(decoder)
         for model in self._masked_models():
             if checkpoint_activations:
-                _recompute(model)
+                recompute(model)
             if compile_blocks:
                 model.compile_blocks()
 
@@ -234,7 +234,7 @@ class SoftDiMO(Stage):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One on-policy pass of the student, then every objective on it."""
-        with _kept_casts(wanted=self._keep_casts):
+        with kept_casts(wanted=self._keep_casts):
             state = self._student_pass(batch)
             objectives = {objective.name: objective for objective in self._objectives()}
             results = {name: objective(state) for name, objective in objectives.items()}
@@ -357,35 +357,6 @@ def _open_tokenizer(
         if (folder / "tokenizer" / CONFIG_NAME).is_file():
             return load_tokenizer(folder, key="model.teacher")
     return None
-
-
-def _halve_around_codebook(tokenizer: ImageTokenizer) -> None:
-    """All weights to bfloat16 but those of the codebook, which nearest codes and expectations are taken of."""
-    codes = tokenizer.codebook_weight().untyped_storage()
-    for tensor in (*tokenizer.parameters(), *tokenizer.buffers()):
-        # By identity: on the meta device all storages have the same address.
-        if tensor.is_floating_point() and tensor.untyped_storage() is not codes:
-            tensor.data = tensor.data.to(torch.bfloat16)
-    for module in tokenizer.modules():
-        if isinstance(module, TextEncoder):  # whose tower is no parameter of it
-            module.to(torch.bfloat16)
-
-
-@contextmanager
-def _kept_casts(*, wanted: bool) -> Iterator[None]:
-    """Whether autocast keeps the copies of weights that it makes, half a model's size, to the end of a step."""
-    before = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(before and wanted)
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(before)
-
-
-def _recompute(model: MaskedDiffusionModel) -> None:
-    if "checkpoint_activations" not in vars(model):
-        rank_zero_warn(f"model.checkpoint_activations: ignored by {type(model).__name__}, which keeps its activations")
-    model.checkpoint_activations = True
 
 
 def _open_student(
