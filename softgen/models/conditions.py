@@ -1,8 +1,8 @@
 """What a model is conditioned on: small frozen dataclasses of tensors with a leading batch dimension."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,39 +15,41 @@ Asked = Tensor | Sequence[str]
 
 @dataclass(frozen=True)
 class Condition:
-    """Base of the conditions. Every field is a tensor whose first dimension is the batch.
+    """Base of the conditions. Every field is a tensor whose first dimension is the batch, but for the one that says so.
 
-    Subclasses have a field `dropped` (B,) bool: True where the sample is to be treated as unconditional.
+    Attributes:
+        dropped: True where the sample is to be treated as unconditional, (B,) bool.
+        nothing_dropped: Not a tensor: True if `dropped` is known to be False everywhere, without looking at it.
     """
 
     dropped: Tensor
+    nothing_dropped: bool = field(default=False, kw_only=True)
 
     def __len__(self) -> int:
         return int(self.dropped.shape[0])
 
     def __getitem__(self: C, index: slice | Tensor) -> C:
-        return replace(self, **{field.name: getattr(self, field.name)[index] for field in fields(self)})
+        return self._each(lambda name: getattr(self, name)[index])
 
     def to(self: C, device: torch.device) -> C:
         """The same condition on another device."""
-        return replace(self, **{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+        return self._each(lambda name: getattr(self, name).to(device))
 
     def drop(self: C, where: Tensor | None = None) -> C:
         """The unconditional form, for guidance; with `where` (B,) bool only of those samples (label dropout)."""
         dropped = torch.ones_like(self.dropped) if where is None else self.dropped | where
-        return replace(self, dropped=dropped)
+        return replace(self, dropped=dropped, nothing_dropped=False)
 
     @classmethod
     def cat(cls: type[C], conditions: Sequence[C]) -> C:
         """Concatenate along the batch."""
-        first = conditions[0]
-        return replace(
-            first,
-            **{
-                field.name: torch.cat([getattr(condition, field.name) for condition in conditions])
-                for field in fields(first)
-            },
-        )
+        joined = conditions[0]._each(lambda name: torch.cat([getattr(condition, name) for condition in conditions]))
+        return replace(joined, nothing_dropped=all(condition.nothing_dropped for condition in conditions))
+
+    def _each(self: C, new: Callable[[str], Tensor]) -> C:
+        """A copy with other tensors, each made from its name."""
+        tensors: dict[str, Any] = {kept.name: new(kept.name) for kept in fields(self) if kept.name != "nothing_dropped"}
+        return replace(self, **tensors)
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class ClassCondition(Condition):
     @classmethod
     def of(cls, labels: Tensor) -> "ClassCondition":
         """Labels with nothing dropped."""
-        return cls(dropped=torch.zeros_like(labels, dtype=torch.bool), labels=labels)
+        return cls(dropped=torch.zeros_like(labels, dtype=torch.bool), labels=labels, nothing_dropped=True)
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class TextCondition(Condition):
     def of(cls, states: Tensor, mask: Tensor, pooled: Tensor) -> "TextCondition":
         """Encoded prompts with nothing dropped."""
         dropped = torch.zeros(len(states), dtype=torch.bool, device=states.device)
-        return cls(dropped=dropped, states=states, mask=mask, pooled=pooled)
+        return cls(dropped=dropped, states=states, mask=mask, pooled=pooled, nothing_dropped=True)
 
 
 def split_asked(asked: Asked, size: int) -> list[Asked]:

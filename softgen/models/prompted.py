@@ -101,8 +101,8 @@ class PromptedModel(MaskedDiffusionModel):
         """
         assert isinstance(condition, TextCondition)
         states, pooled = condition.states, condition.pooled
-        # A text tower is opened for what is really dropped: a student never asks for it.
-        if not self._has_negative_at_hand(states) and not bool(condition.dropped.any()):
+        # A text tower is opened for what may be dropped: a student never asks for it.
+        if not self._has_negative_at_hand(states) and condition.nothing_dropped:
             return states, pooled
         negative = self._negative(states)
         if negative[0].shape[0] != states.shape[1]:

@@ -37,3 +37,15 @@ def test_cat_and_index_are_inverse() -> None:
 def test_moving_moves_every_field() -> None:
     moved = ClassCondition.of(torch.tensor([1])).to(torch.device("meta"))
     assert {moved.labels.device.type, moved.dropped.device.type} == {"meta"}
+
+
+def test_what_is_known_not_to_be_dropped_is_said_without_looking() -> None:
+    whole = ClassCondition.of(torch.tensor([3, 1]))
+    assert whole.nothing_dropped
+    assert whole[:1].nothing_dropped
+    assert whole.to(torch.device("cpu")).nothing_dropped
+    assert ClassCondition.cat([whole, whole]).nothing_dropped
+    for maybe in (whole.drop(), whole.drop(torch.tensor([False, False])), ClassCondition(whole.dropped, whole.labels)):
+        assert not maybe.nothing_dropped
+        assert not ClassCondition.cat([whole, maybe]).nothing_dropped
+        assert not ClassCondition.cat([maybe, whole]).nothing_dropped

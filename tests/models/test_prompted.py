@@ -18,7 +18,7 @@ def conditions(length: int = LENGTH) -> TextCondition:
     )
 
 
-def test_a_tower_is_opened_for_what_is_dropped_alone() -> None:
+def test_a_tower_is_opened_for_what_may_be_dropped_alone() -> None:
     absent = openai_clip_text("/no/such/folder", layer=-2, length=LENGTH, width=WIDTH, pooled_width=WIDTH)
     model, given = MaskGen(**MASKGEN, text_encoder=absent), conditions()
     states, pooled = model.read(given)
