@@ -8,13 +8,13 @@ benchmarks/results. A run whose folder holds a result is not run again.
 """
 
 import time
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from recipe_runs import Job, result, run_all, train_classifiers
 from sftok_report import claims, markdown, picture
 from sftok_runs import (
     ARMS,
@@ -23,11 +23,9 @@ from sftok_runs import (
     Setting,
     chain_folder,
     measure_proxies,
-    result,
     run_arm,
     run_chain,
     run_warm_up,
-    train_classifiers,
     train_proxies,
     warm_up_folder,
 )
@@ -35,8 +33,6 @@ from sftok_runs import (
 from softgen.cli import run_command
 from softgen.evaluate import write_json
 
-Job = tuple[Any, ...]
-"""A function and what it is called with."""
 CHAIN = ("fine_tuned", "teacher", "dimo")
 
 
@@ -92,11 +88,11 @@ def benchmark(
         samples=samples,
     )
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        _all(pool, [(train_proxies, setting), (train_classifiers, setting)])
+        run_all(pool, [(train_proxies, setting), (train_classifiers, setting.root, data_root)])
         starts: list[Job] = [(run_warm_up, setting, seed) for seed in seeds]
-        _all(pool, starts + [(run_arm, setting, arm, seed) for arm in COLD for seed in seeds])
+        run_all(pool, starts + [(run_arm, setting, arm, seed) for arm in COLD for seed in seeds])
         chains: list[Job] = [(run_chain, setting, seed) for seed in seeds]
-        _all(pool, chains + [(run_arm, setting, arm, seed) for arm in WARM for seed in seeds])
+        run_all(pool, chains + [(run_arm, setting, arm, seed) for arm in WARM for seed in seeds])
     runs = {
         "warm_up": [result(warm_up_folder(setting, seed)) for seed in seeds],
         **{arm.name: [result(arm.folder(setting, seed)) for seed in seeds] for arm in ARMS},
@@ -118,17 +114,6 @@ def benchmark(
     (target / "sftok.md").write_text(markdown(content))
     picture(setting, content, target / "sftok.png")
     print((target / "sftok.md").read_text())
-
-
-def _all(pool: ProcessPoolExecutor, jobs: Sequence[Job]) -> None:
-    started = [pool.submit(*job) for job in jobs]
-    try:
-        for count, future in enumerate(as_completed(started), start=1):
-            future.result()
-            print(f"{count} of {len(jobs)} runs", flush=True)
-    except BaseException:
-        pool.shutdown(cancel_futures=True)
-        raise
 
 
 if __name__ == "__main__":

@@ -1,10 +1,7 @@
 """The runs of benchmarks/sftok.py: which tokenizers and generators are trained, how, and what is measured of them."""
 
-import contextlib
 import csv
 import json
-import shutil
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -12,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from recipe_runs import fit_stage, is_done, judge, protocol, statistics_of
 from torch import Tensor
 from torch.nn import functional as F
 
-from softgen.classifier import RECIPES, named_data
-from softgen.evaluate import named_protocol, write_json
+from softgen.classifier import named_data
+from softgen.evaluate import write_json
 from softgen.generation import TokenSource, balanced_labels, generate, one_step_tokens, teacher_tokens
 from softgen.loading import load_generator, load_model, load_tokenizer
-from softgen.metrics import FeatureStatistics, frechet_distance, train_classifier
-from softgen.metrics.features import extract_features
+from softgen.metrics import FeatureStatistics, frechet_distance
 from softgen.metrics.protocol import Protocol
 from softgen.sampling import MaskGITSampler
 from softgen.tokenizers import ImageTokenizer, SFTok
@@ -69,6 +66,11 @@ class Setting:
         """The tokenizer of the proxy codes."""
         return self.root / "proxies" / "model"
 
+    @property
+    def protocol(self) -> Protocol:
+        """How generated images are scored."""
+        return protocol(self.root, self.data_root)
+
     def figures(self) -> dict[str, int]:
         """What results depend on, besides the run."""
         return {name: value for name, value in asdict(self).items() if isinstance(value, int)}
@@ -109,30 +111,17 @@ WARM = (VANILLA, Arm("ratio 0.5", warm_up=True, replace_prob=0.5), Arm("ratio 0.
 ARMS = (*COLD, *WARM, SFVR)
 
 
-def train_classifiers(setting: Setting) -> None:
-    """Train the extractor of the distances, and another classifier for the perceptual loss; nothing if that is done."""
-    torch.set_num_threads(1)
-    _protocol(setting)
-    if not (_judge(setting) / "config.json").is_file():
-        recipe = RECIPES["fashion_mnist"]
-        data = named_data("fashion_mnist", data_root=setting.data_root)
-        trained = train_classifier(
-            data, name=f"{recipe.name}_seed_1", epochs=recipe.epochs, width=recipe.width, seed=1, progress=False
-        )
-        trained.classifier.save(_judge(setting))
-
-
 def train_proxies(setting: Setting) -> None:
     """Train the tokenizer of the proxy codes; nothing if that is done."""
     folder = setting.proxies.parent
-    if not _done(folder, setting):
+    if not is_done(folder, setting.figures()):
         _write(setting, folder, _fit(setting, "0_proxies", folder, seed=0, steps=setting.proxy_steps), {})
 
 
 def run_warm_up(setting: Setting, seed: int) -> None:
     """Train what the arms with warm-up start from; nothing if that is done."""
     folder = warm_up_folder(setting, seed)
-    if not _done(folder, setting):
+    if not is_done(folder, setting.figures()):
         words = [f"--model.init_args.teacher={setting.proxies}"]
         seconds = _fit(setting, "1_warm_up", folder, words, seed=seed, steps=setting.warm_up_steps, curve=True)
         _write(setting, folder, seconds, {"curve": _curve(folder)})
@@ -141,7 +130,7 @@ def run_warm_up(setting: Setting, seed: int) -> None:
 def run_arm(setting: Setting, arm: Arm, seed: int) -> None:
     """Train and measure a tokenizer; nothing if that is done."""
     folder = arm.folder(setting, seed)
-    if _done(folder, setting):
+    if is_done(folder, setting.figures()):
         return
     words, steps = [f"--model.init_args.teacher={setting.proxies}"], setting.alignment_steps
     if not arm.warm_up:
@@ -163,18 +152,18 @@ def run_chain(setting: Setting, seed: int) -> None:
     """SFVR, fine-tuning, a teacher on its tokens, a one-step generator; whatever of them is not done."""
     run_arm(setting, SFVR, seed)
     tuned, teacher, dimo = (chain_folder(setting, name, seed) for name in ("fine_tuned", "teacher", "dimo"))
-    if not _done(tuned, setting):
+    if not is_done(tuned, setting.figures()):
         words = [f"--model.init_args.teacher={setting.proxies}"]
         words.append(f"--model.init_args.tokenizer={SFVR.folder(setting, seed) / 'model'}")
-        words.append(f"--model.init_args.perceptual.network={_judge(setting)}")
+        words.append(f"--model.init_args.perceptual.network={judge(setting.root)}")
         seconds = _fit(setting, "3_fine_tuning", tuned, words, seed=seed, steps=setting.fine_tuning_steps)
         _write(setting, tuned, seconds, measure(setting, open_sftok(tuned), STEPS))
-    if not _done(teacher, setting):
+    if not is_done(teacher, setting.figures()):
         words = [f"--model.init_args.tokenizer={tuned / 'model'}"]
         seconds = _fit(setting, "4_teacher", teacher, words, seed=seed, steps=setting.teacher_steps)
         rows = {f"teacher_{steps}": _score(setting, teacher, seed, steps=steps) for steps in (1, 8)}
         _write(setting, teacher, seconds, {"rows": rows})
-    if not _done(dimo, setting):
+    if not is_done(dimo, setting.figures()):
         words = [f"--model.init_args.teacher={teacher / 'model'}"]
         seconds = _fit(setting, "5_dimo", dimo, words, seed=seed, steps=setting.dimo_steps)
         rows = {"dimo": _score(setting, dimo, seed), "dimo_decoded_once": _score(setting, dimo, seed, decoder_steps=1)}
@@ -191,12 +180,6 @@ def chain_folder(setting: Setting, name: str, seed: int) -> Path:
     return setting.root / f"{name}_seed_{seed}"
 
 
-def result(folder: Path) -> dict[str, Any]:
-    """What a finished run wrote."""
-    content: dict[str, Any] = json.loads((folder / "result.json").read_text())
-    return content
-
-
 def open_sftok(folder: Path, *, steps: int | None = None) -> SFTok:
     """The tokenizer of a run, or that beside its model; with another number of decoder steps if asked for."""
     tokenizer = load_tokenizer(folder / "model")
@@ -211,16 +194,6 @@ def _untrained() -> dict[str, Any]:
     content = yaml.safe_load((CONFIGS / "1_warm_up.yaml").read_text())
     tokenizer: dict[str, Any] = content["model"]["init_args"]["tokenizer"]
     return tokenizer
-
-
-def _judge(setting: Setting) -> Path:
-    return setting.root / "judge"
-
-
-@cache
-def _protocol(setting: Setting) -> Protocol:
-    folder = str(setting.root / "extractor")
-    return named_protocol("fashion_mnist", data_root=setting.data_root, folder=folder, progress=False)
 
 
 @dataclass(frozen=True)
@@ -240,7 +213,7 @@ def held_out(setting: Setting) -> HeldOut:
     tokenizer = proxies_of(setting)
     with torch.no_grad():
         codes = torch.cat([tokenizer.encode(part) for part in images.split(_BATCH)])
-    return HeldOut(images, codes, _statistics(setting, images))
+    return HeldOut(images, codes, statistics_of(images, setting.protocol))
 
 
 @cache
@@ -249,13 +222,9 @@ def proxies_of(setting: Setting) -> ImageTokenizer:
     return load_tokenizer(setting.proxies)
 
 
-def _statistics(setting: Setting, images: Tensor) -> FeatureStatistics:
-    return FeatureStatistics.from_features(extract_features(images, extractor=_protocol(setting).extractor).features)
-
-
 def _compare(setting: Setting, images: Tensor) -> dict[str, float]:
     real = held_out(setting)
-    distance = frechet_distance(_statistics(setting, images), real.reference)
+    distance = frechet_distance(statistics_of(images, setting.protocol), real.reference)
     return {"fd": distance, "mse": F.mse_loss(images, real.images).item(), "n": len(images)}
 
 
@@ -326,7 +295,7 @@ def _score(
     labels = balanced_labels(setting.samples, num_classes=10)
     decoder = open_sftok(folder, steps=decoder_steps)
     made = generate(tokens_of(folder, steps=steps), decoder, labels, seed=seed, batch_size=_BATCH)
-    return asdict(_protocol(setting).score(made.images, labels))
+    return asdict(setting.protocol.score(made.images, labels))
 
 
 def _curve(folder: Path) -> list[dict[str, float]]:
@@ -337,14 +306,6 @@ def _curve(folder: Path) -> list[dict[str, float]]:
     return [
         {"step": int(row["step"]) + 1, **{name: float(row[column]) for name, column in names.items()}} for row in rows
     ]
-
-
-def _done(folder: Path, setting: Setting) -> bool:
-    if not (folder / "result.json").is_file():
-        return False
-    if (kept := result(folder)["settings"]) != setting.figures():
-        raise ValueError(f"out: expected runs of {setting.figures()} in {folder}, got runs of {kept}")
-    return True
 
 
 def _write(setting: Setting, folder: Path, seconds: float, measured: Mapping[str, Any]) -> None:
@@ -361,35 +322,14 @@ def _fit(
     steps: int,
     curve: bool = False,
 ) -> float:
-    """Train a stage of the recipe; the seconds that it took, which other work on the machine may lengthen."""
-    from softgen.fit import main as fit
-
-    torch.set_num_threads(1)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    logger = {
-        "class_path": "lightning.pytorch.loggers.CSVLogger",
-        "init_args": {"save_dir": str(folder), "name": "", "version": "logs"},
-    }
-    common = {
-        "config": CONFIGS / f"{stage}.yaml",
-        "run_dir": folder,
-        "seed": seed,
-        "trainer.accelerator": "cpu",
-        "trainer.max_steps": steps,
-        "trainer.logger": json.dumps(logger) if curve else "false",
-        "trainer.val_check_interval": max(1, steps // _VALIDATIONS),
-        "trainer.limit_val_batches": _VALIDATED if curve else 0,
-        "checkpoint.every_n_steps": steps,
-    }
-    if stage != "5_dimo":
-        common["data.init_args.root"] = setting.data_root
-    with (folder / "log.txt").open("w") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-        begin = time.perf_counter()
-        try:
-            fit([*(f"--{name}={value}" for name, value in common.items()), *words])
-        except SystemExit as stop:
-            raise RuntimeError(f"training failed: see {log.name}") from stop
-        seconds = time.perf_counter() - begin
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    return seconds
+    """Train a stage of the recipe, with a few validations if their curve is wanted."""
+    options: dict[str, Any] = {} if stage == "5_dimo" else {"data.init_args.root": setting.data_root}
+    if curve:
+        logger = {
+            "class_path": "lightning.pytorch.loggers.CSVLogger",
+            "init_args": {"save_dir": str(folder), "name": "", "version": "logs"},
+        }
+        options["trainer.logger"] = json.dumps(logger)
+        options["trainer.limit_val_batches"] = _VALIDATED
+        options["trainer.val_check_interval"] = max(1, steps // _VALIDATIONS)
+    return fit_stage(CONFIGS / f"{stage}.yaml", folder, words, seed=seed, steps=steps, options=options)

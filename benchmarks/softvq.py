@@ -9,25 +9,22 @@ result is not run again.
 """
 
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from recipe_runs import result, run_all, train_classifiers
 from softvq_report import claims, markdown, picture
 from softvq_runs import (
     COMPARED,
-    Arm,
     Setting,
     aligned_arms,
     codebook_arms,
     flow_folder,
     kind_arms,
     openmoji_arms,
-    prepare,
-    result,
     run_flow,
     run_tokenizer,
     tau_arms,
@@ -77,10 +74,10 @@ def benchmark(
     emoji = openmoji_arms(seeds)
     arms = [*kinds, *aligned, *tau_arms(sweep_seeds), *codebook_arms(sweep_seeds), *variant_arms(sweep_seeds)]
     generators = [arm for arm in [*kinds, *aligned] if arm.tokens == COMPARED]
-    prepare(setting)
+    train_classifiers(setting.root, data_root)
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        _all(pool, run_tokenizer, setting, [*arms, *emoji])
-        _all(pool, run_flow, setting, generators)
+        run_all(pool, [(run_tokenizer, setting, arm) for arm in [*arms, *emoji]])
+        run_all(pool, [(run_flow, setting, arm) for arm in generators])
     content: dict[str, Any] = {
         "command": f"python benchmarks/softvq.py --data_root FOLDER --tokenizer_steps {tokenizer_steps} "
         f"--flow_steps {flow_steps}",
@@ -98,17 +95,6 @@ def benchmark(
     (target / "softvq.md").write_text(markdown(content))
     picture(setting, target / "softvq.png", seed=seeds[0])
     print((target / "softvq.md").read_text())
-
-
-def _all(pool: ProcessPoolExecutor, run: Callable[[Setting, Arm], None], setting: Setting, arms: Sequence[Arm]) -> None:
-    started = [pool.submit(run, setting, arm) for arm in arms]
-    try:
-        for count, future in enumerate(as_completed(started), start=1):
-            future.result()
-            print(f"{run.__name__}: {count} of {len(arms)}", flush=True)
-    except BaseException:
-        pool.shutdown(cancel_futures=True)
-        raise
 
 
 if __name__ == "__main__":

@@ -1,9 +1,6 @@
 """The runs of benchmarks/softvq.py: which tokenizers and generators are trained, how, and what is measured of them."""
 
-import contextlib
 import json
-import shutil
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
@@ -11,17 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from recipe_runs import fit_stage, is_done, judge, protocol, statistics_of
 from torch import Tensor
 from torch.nn import functional as F
 
-from softgen.classifier import RECIPES, named_data
+from softgen.classifier import named_data
 from softgen.data import OpenMoji
-from softgen.evaluate import named_protocol, write_json
+from softgen.evaluate import write_json
 from softgen.flow import FlowSampler
 from softgen.generation import balanced_labels, flow_latents, generate
 from softgen.loading import load_continuous_tokenizer
-from softgen.metrics import FeatureStatistics, frechet_distance, linear_probe, train_classifier
-from softgen.metrics.features import extract_features
+from softgen.metrics import FeatureStatistics, frechet_distance, linear_probe
 from softgen.metrics.protocol import Protocol
 from softgen.models import SiT
 from softgen.tokenizers import SoftVQ
@@ -61,6 +58,11 @@ class Setting:
     sampler_steps: int
     n: int
     samples: int
+
+    @property
+    def protocol(self) -> Protocol:
+        """How generated images are scored."""
+        return protocol(self.root, self.data_root)
 
     def figures(self, kind: str) -> dict[str, int]:
         """What the results of a kind of run depend on, besides the run."""
@@ -147,29 +149,6 @@ def openmoji_arms(seeds: Sequence[int]) -> list[Arm]:
     ]
 
 
-def prepare(setting: Setting) -> None:
-    """Train the extractor that distances are measured with, and another classifier that latents are aligned with."""
-    torch.set_num_threads(1)
-    _protocol(setting)
-    if not (_judge(setting) / "config.json").is_file():
-        recipe = RECIPES["fashion_mnist"]
-        data = named_data("fashion_mnist", data_root=setting.data_root)
-        trained = train_classifier(
-            data, name=f"{recipe.name}_seed_1", epochs=recipe.epochs, width=recipe.width, seed=1, progress=False
-        )
-        trained.classifier.save(_judge(setting))
-
-
-def _judge(setting: Setting) -> Path:
-    return setting.root / "judge"
-
-
-@cache
-def _protocol(setting: Setting) -> Protocol:
-    folder = str(setting.root / "extractor")
-    return named_protocol("fashion_mnist", data_root=setting.data_root, folder=folder, progress=False)
-
-
 @dataclass(frozen=True)
 class _Images:
     """Held-out images and as many of the training images as the probe takes, with labels."""
@@ -186,20 +165,19 @@ def _images(setting: Setting) -> _Images:
     data = named_data("fashion_mnist", data_root=setting.data_root)
     train, held_out = data.train_source(), data.val_source()
     seen, unseen = (source.fetch(range(min(setting.n, len(source)))) for source in (train, held_out))
-    features = extract_features(unseen["image"], extractor=_protocol(setting).extractor).features
     return _Images(
         train=seen["image"],
         train_labels=seen["label"],
         held_out=unseen["image"],
         held_out_labels=unseen["label"],
-        reference=FeatureStatistics.from_features(features),
+        reference=statistics_of(unseen["image"], setting.protocol),
     )
 
 
 def run_tokenizer(setting: Setting, arm: Arm) -> None:
     """Train and measure a tokenizer; nothing if that is done."""
     folder = setting.root / arm.folder
-    if _done(folder, setting.figures("tokenizer")):
+    if is_done(folder, setting.figures("tokenizer")):
         return
     init = "--model.init_args.tokenizer.init_args."
     options = {name: json.dumps(value) if isinstance(value, dict) else value for name, value in arm.options.items()}
@@ -212,9 +190,9 @@ def run_tokenizer(setting: Setting, arm: Arm) -> None:
     if arm.options.get("quantization", "soft") != "soft":
         words.append("--model.init_args.kl_weight=0")
     if arm.aligned:
-        align = {"features": str(_judge(setting)), "how": "avg_1d", "hidden": 128, "weight": 0.01}
+        align = {"features": str(judge(setting.root)), "how": "avg_1d", "hidden": 128, "weight": 0.01}
         words.append(f"--model.init_args.align={json.dumps(align)}")
-    seconds = _fit(setting, "1_tokenizer", folder, words, seed=arm.seed, steps=setting.tokenizer_steps)
+    seconds = fit_stage(CONFIGS / "1_tokenizer.yaml", folder, words, seed=arm.seed, steps=setting.tokenizer_steps)
     measure = _measure_openmoji if arm.openmoji else _measure_tokenizer
     figures = measure(setting, open_tokenizer(folder))
     write_json(folder / "result.json", {"settings": setting.figures("tokenizer"), "seconds": seconds, **figures})
@@ -223,30 +201,24 @@ def run_tokenizer(setting: Setting, arm: Arm) -> None:
 def run_flow(setting: Setting, arm: Arm) -> None:
     """Train and measure a generator on the latents of a tokenizer; nothing if that is done."""
     folder = flow_folder(setting, arm)
-    if _done(folder, setting.figures("flow")):
+    if is_done(folder, setting.figures("flow")):
         return
     tokenizer = setting.root / arm.folder / "model"
     words = [f"--model.init_args.tokenizer={tokenizer}"]
     words.append(f"--model.init_args.model.init_args.num_latents={arm.tokens}")
     words.append(f"--data.init_args.root={setting.data_root}")
-    seconds = _fit(setting, "2_flow", folder, words, seed=arm.seed, steps=setting.flow_steps)
+    seconds = fit_stage(CONFIGS / "2_flow.yaml", folder, words, seed=arm.seed, steps=setting.flow_steps)
     labels = balanced_labels(setting.samples, num_classes=10)
     model, decoder = SiT.from_pretrained(folder / "model"), load_continuous_tokenizer(folder / "model")
     source = flow_latents(model, FlowSampler(steps=setting.sampler_steps), decoder)
     made = generate(source, decoder, labels, seed=arm.seed, batch_size=1000)
-    quality = asdict(_protocol(setting).score(made.images, labels))
+    quality = asdict(setting.protocol.score(made.images, labels))
     write_json(folder / "result.json", {"settings": setting.figures("flow"), "seconds": seconds, **quality})
 
 
 def flow_folder(setting: Setting, arm: Arm) -> Path:
     """The folder of a generator's run."""
     return setting.root / f"sit_on_{arm.folder}"
-
-
-def result(folder: Path) -> dict[str, Any]:
-    """What a finished run wrote."""
-    content: dict[str, Any] = json.loads((folder / "result.json").read_text())
-    return content
 
 
 def open_tokenizer(folder: Path) -> SoftVQ:
@@ -256,52 +228,14 @@ def open_tokenizer(folder: Path) -> SoftVQ:
     return tokenizer
 
 
-def _done(folder: Path, settings: Mapping[str, int]) -> bool:
-    if not (folder / "result.json").is_file():
-        return False
-    kept = result(folder)["settings"]
-    if kept != dict(settings):
-        raise ValueError(f"out: expected runs of {dict(settings)} in {folder}, got runs of {kept}")
-    return True
-
-
-def _fit(setting: Setting, stage: str, folder: Path, words: Sequence[str], *, seed: int, steps: int) -> float:
-    """Train a stage of the recipe; the seconds that it took, which other work on the machine may lengthen."""
-    from softgen.fit import main as fit
-
-    torch.set_num_threads(1)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    common = {
-        "config": CONFIGS / f"{stage}.yaml",
-        "run_dir": folder,
-        "seed": seed,
-        "trainer.accelerator": "cpu",
-        "trainer.max_steps": steps,
-        "trainer.logger": "false",
-        "trainer.limit_val_batches": 0,
-        "checkpoint.every_n_steps": steps,
-    }
-    with (folder / "log.txt").open("w") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-        begin = time.perf_counter()
-        try:
-            fit([*(f"--{name}={value}" for name, value in common.items()), *words])
-        except SystemExit as stop:
-            raise RuntimeError(f"training failed: see {log.name}") from stop
-        seconds = time.perf_counter() - begin
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    return seconds
-
-
 @torch.no_grad()
 def _measure_tokenizer(setting: Setting, tokenizer: SoftVQ) -> dict[str, Any]:
     """Reconstruction, codes in use and linear probe on held-out images."""
     images = _images(setting)
     pixels, latents, figures = _reconstruct(tokenizer, images.held_out)
-    features = extract_features(pixels, extractor=_protocol(setting).extractor).features
     train = torch.cat([tokenizer.encode(part) for part in _parts(images.train)])
     probe = linear_probe(train, images.train_labels, latents, images.held_out_labels)
-    distance = frechet_distance(FeatureStatistics.from_features(features), images.reference)
+    distance = frechet_distance(statistics_of(pixels, setting.protocol), images.reference)
     return {**figures, "fd": distance, "probe": probe.accuracy}
 
 
