@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 _UNION = "Does not validate against any of the Union subtypes"
+_ANOTHER_TYPE = re.compile(r"Expected a <class|Import path \S+ does not correspond to a subclass of")
 
 
 def one_line(message: object) -> str:
@@ -18,7 +19,7 @@ def one_line(message: object) -> str:
         if _UNION in line:
             reasons = _reasons(lines[index + 1 :])
             useful = [reason for reason in reasons if "NoneType" not in reason]
-            telling = [reason for reason in useful if not reason.startswith("Expected a <class")]
+            telling = [reason for reason in useful if not _ANOTHER_TYPE.match(reason)]
             lines = [*lines[:index], *(telling or useful or reasons)[:1]]
             break
     text = re.sub(r"\s+", " ", " ".join(lines)).strip()

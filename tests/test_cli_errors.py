@@ -96,6 +96,19 @@ def test_unknown_key_in_a_file(fails: Fails, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("groups=3", "tokenizer.groups: expected a divisor of the 8 tokens, got 3"),
+        ("image_size=30", "tokenizer.image_size: expected a multiple of the encoder's patch, 7, got 30"),
+        ("tau=0", "tokenizer.tau: expected a finite number above 0, got 0.0"),
+    ],
+)
+def test_a_tokenizer_that_is_one_of_several_classes(fails: Fails, option: str, message: str) -> None:
+    config = Path(__file__).parents[1] / "configs" / "softvq" / "1_tokenizer.yaml"
+    assert fails(fit, [f"--config={config}", f"--model.init_args.tokenizer.init_args.{option}"]) == message
+
+
 def test_tokenizer_and_model_disagree(fails: Fails, teacher: str) -> None:
     words = [*TRANSFORMER, f"--model.init_args.tokenizer={teacher}", "--run_dir=run"]
     assert fails(fit, [*words, "--model.init_args.model.num_codes=9", "--model.init_args.model.num_sites=16"]) == (

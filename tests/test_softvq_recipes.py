@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 
 from softgen.fit import main
@@ -16,22 +15,9 @@ from softgen.metrics import SmallClassifier
 from softgen.models import SiT
 from softgen.sample import main as sample
 from softgen.training import TokenizerTraining
+from tests.fashion_files import write_fashion_files
 
 FOLDER = Path(__file__).parent.parent / "configs" / "softvq"
-
-
-def _fashion(folder: Path) -> Path:
-    """Files of the format of Fashion-MNIST with a few random images."""
-    generator = torch.Generator().manual_seed(0)
-    folder.mkdir()
-    for part, count in (("train", 130), ("t10k", 40)):
-        images = torch.randint(256, (count, 28, 28), generator=generator, dtype=torch.uint8)
-        labels = torch.arange(count).remainder(10).to(torch.uint8)
-        for name, values in (("images-idx3", images), ("labels-idx1", labels)):
-            path = folder / f"{part}-{name}-ubyte"
-            header = bytes([0, 0, 8, values.ndim]) + b"".join(size.to_bytes(4, "big") for size in values.shape)
-            path.write_bytes(header + values.numpy().tobytes())
-    return folder
 
 
 def test_there_are_recipes() -> None:
@@ -40,7 +26,7 @@ def test_there_are_recipes() -> None:
 
 @pytest.mark.filterwarnings("ignore:tokenizer. .* of its codes are used", "ignore:model.tokenizer. its normalised")
 def test_both_stages_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    data = _fashion(tmp_path / "data")
+    data = write_fashion_files(tmp_path / "data")
     common = ["--trainer.accelerator=cpu", "--trainer.max_steps=2", "--trainer.val_check_interval=2"]
     common += [f"--data.init_args.root={data}", "--trainer.logger=false"]
     first, second = tmp_path / "1_tokenizer", tmp_path / "2_flow"
@@ -75,7 +61,7 @@ def test_paths_follow_each_other() -> None:
 
 @pytest.mark.filterwarnings("ignore:tokenizer. .* of its codes are used")
 def test_every_loss_can_be_named_on_the_command_line(tmp_path: Path) -> None:
-    data = _fashion(tmp_path / "data")
+    data = write_fashion_files(tmp_path / "data")
     SmallClassifier(name="judge", image_size=28, num_classes=10, width=2).save(tmp_path / "judge")
     judge = str(tmp_path / "judge")
     losses = {

@@ -70,12 +70,22 @@ def without_clash(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def check_vit_sizes(sizes: Mapping[str, Mapping[str, int]], *, image_size: int) -> None:
+def check_vit_sizes(sizes: Mapping[str, Mapping[str, int]], *, image_size: int, **counts: int) -> None:
     """Refuse transformers, by their part of the tokenizer, whose `heads` or `patch_size` do not fit.
 
+    Args:
+        sizes: `width`, `depth`, `heads` and `patch_size` of each part.
+        image_size: Pixels a side.
+        counts: What else must be at least 1, such as the number of codes.
+
     Raises:
-        ValueError: Naming the part.
+        ValueError: Naming the part, or the count.
     """
+    names = ("width", "depth", "heads", "patch_size")
+    of_parts = {f"{part}.{name}": values[name] for part, values in sizes.items() for name in names}
+    for name, value in {"image_size": image_size, **counts, **of_parts}.items():
+        if value < 1:
+            raise ValueError(f"tokenizer.{name}: expected at least 1, got {value}")
     for part, values in sizes.items():
         width, heads, patch = values["width"], values["heads"], values["patch_size"]
         if width % heads:

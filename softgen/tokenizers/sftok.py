@@ -86,7 +86,14 @@ class SFTok(ImageTokenizer):
     ) -> None:
         super().__init__()
         sizes = {"encoder": {**_BASE, **(encoder or {})}, "decoder": {**_BASE, **(decoder or {})}}
-        check_vit_sizes(sizes, image_size=image_size)
+        check_vit_sizes(
+            sizes,
+            image_size=image_size,
+            codebook_size=codebook_size,
+            token_size=token_size,
+            num_latent_tokens=num_latent_tokens,
+            proxy_codebook_size=proxy_codebook_size,
+        )
         if eval not in get_args(Assignment):
             raise ValueError(f"tokenizer.eval: expected one of {', '.join(get_args(Assignment))}, got {eval!r}")
         if isinstance(pixel_decoder, Mapping) and "class_path" in pixel_decoder:

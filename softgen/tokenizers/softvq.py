@@ -159,12 +159,11 @@ class SoftVQ(ContinuousTokenizer):
                 f"{quantization}"
             )
         sizes = {"encoder": {**_LARGE, **(encoder or {})}, "decoder": {**_LARGE, **(decoder or {})}}
-        check_vit_sizes(sizes, image_size=image_size)
+        check_vit_sizes(
+            sizes, image_size=image_size, num_latents=num_latents, codebook_size=codebook_size, latent_dim=latent_dim
+        )
         if groups < 1 or num_latents % groups:
             raise ValueError(f"tokenizer.groups: expected a divisor of the {num_latents} tokens, got {groups}")
-        for name, count in (("codebook_size", codebook_size), ("latent_dim", latent_dim)):
-            if count < 1:
-                raise ValueError(f"tokenizer.{name}: expected at least 1, got {count}")
         if not 0 <= layer_scale < math.inf:
             raise ValueError(f"tokenizer.layer_scale: expected a finite number of at least 0, got {layer_scale}")
         self.config = {

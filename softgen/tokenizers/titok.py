@@ -232,7 +232,14 @@ class TiTok(ImageTokenizer):
         super().__init__()
         large = {"width": 1024, "depth": 24, "heads": 16, "patch_size": 16}
         sizes = {"encoder": {**large, **(encoder or {})}, "decoder": {**large, **(decoder or {})}}
-        check_vit_sizes(sizes, image_size=image_size)
+        check_vit_sizes(
+            sizes,
+            image_size=image_size,
+            codebook_size=codebook_size,
+            token_size=token_size,
+            num_latent_tokens=num_latent_tokens,
+            proxy_codebook_size=proxy_codebook_size,
+        )
         self.config = {
             "image_size": image_size,
             "codebook_size": codebook_size,

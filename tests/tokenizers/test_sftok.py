@@ -308,6 +308,9 @@ def test_a_step_of_training_leaves_a_mark() -> None:
         ({"steps": 17}, "tokenizer.steps: expected 1 to 16, the number of proxies, got 17"),
         ({"temperature": -1.0}, "tokenizer.temperature: expected a finite number of at least 0, got -1.0"),
         ({"eval": "closest"}, "tokenizer.eval: expected one of nearest, published, got 'closest'"),
+        ({"codebook_size": 0}, "tokenizer.codebook_size: expected at least 1, got 0"),
+        ({"num_latent_tokens": 0}, "tokenizer.num_latent_tokens: expected at least 1, got 0"),
+        ({"encoder": {**VIT, "patch_size": 0}}, "tokenizer.encoder.patch_size: expected at least 1, got 0"),
     ],
 )
 def test_arguments_that_do_not_fit(changes: dict[str, Any], message: str) -> None:
