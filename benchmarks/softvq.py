@@ -19,6 +19,7 @@ from recipe_runs import result, run_all, train_classifiers
 from softvq_report import claims, markdown, picture
 from softvq_runs import (
     COMPARED,
+    GENERATED,
     Setting,
     aligned_arms,
     codebook_arms,
@@ -72,8 +73,9 @@ def benchmark(
     setting = Setting(Path(out), data_root, tokenizer_steps, flow_steps, sampler_steps, n, samples)
     kinds, aligned = kind_arms(seeds, length_seeds), aligned_arms(seeds)
     emoji = openmoji_arms(seeds)
-    arms = [*kinds, *aligned, *tau_arms(sweep_seeds), *codebook_arms(sweep_seeds), *variant_arms(sweep_seeds)]
-    generators = [arm for arm in [*kinds, *aligned] if arm.tokens == COMPARED]
+    taus = tau_arms(sweep_seeds)
+    arms = [*kinds, *aligned, *taus, *codebook_arms(sweep_seeds), *variant_arms(sweep_seeds)]
+    generators = [arm for arm in [*kinds, *aligned, *taus] if arm.tokens == COMPARED and arm.name in GENERATED]
     train_classifiers(setting.root, data_root)
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         run_all(pool, [(run_tokenizer, setting, arm) for arm in [*arms, *emoji]])

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from softvq_runs import COMPARED, KINDS, TOKENS, Arm, Setting, flow_folder, held_out_images, open_tokenizer
+from softvq_runs import COMPARED, GENERATED, KINDS, TOKENS, Arm, Setting, flow_folder, held_out_images, open_tokenizer
 from torch import Tensor
 
 from softgen.flow import FlowSampler
@@ -142,7 +142,7 @@ def _flow_table(rows: Sequence[Row]) -> list[str]:
         "| latents of | tokens | seeds | distance | accuracy | precision | recall | s |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for name in (*KINDS, "SoftVQ aligned"):
+    for name in GENERATED:
         same = _rows(rows, name, COMPARED)
         quality = [f"{_mean(same, itemgetter(key)):.3f}" for key in ("accuracy", "precision", "recall")]
         lines.append(
