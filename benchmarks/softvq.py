@@ -20,11 +20,14 @@ from softvq_report import claims, markdown, picture
 from softvq_runs import (
     COMPARED,
     GENERATED,
+    Arm,
     Setting,
     aligned_arms,
     codebook_arms,
+    codes_averaged,
     flow_folder,
     kind_arms,
+    open_tokenizer,
     openmoji_arms,
     run_flow,
     run_tokenizer,
@@ -86,7 +89,7 @@ def benchmark(
         "note": note,
         "seeds": seeds,
         "settings": setting.figures("flow"),
-        "tokenizers": [{**asdict(arm), **result(setting.root / arm.folder)} for arm in arms],
+        "tokenizers": [_row(setting, arm) for arm in arms],
         "openmoji": [{**asdict(arm), **result(setting.root / arm.folder)} for arm in emoji],
         "generators": [{**asdict(arm), **result(flow_folder(setting, arm))} for arm in generators],
     }
@@ -97,6 +100,11 @@ def benchmark(
     (target / "softvq.md").write_text(markdown(content))
     picture(setting, target / "softvq.png", seed=seeds[0])
     print((target / "softvq.md").read_text())
+
+
+def _row(setting: Setting, arm: Arm) -> dict[str, Any]:
+    folder = setting.root / arm.folder
+    return {**asdict(arm), **result(folder), "averaged": codes_averaged(setting, open_tokenizer(folder))}
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def markdown(content: Mapping[str, Any]) -> str:
         f"the features of a small classifier, between {rows[0]['n']:,} held-out images and what becomes of them; 0 is "
         f"perfect. Generation distance: {settings['samples']:,} samples by {settings['sampler_steps']} Heun steps "
         "without guidance, against all training images. Probe: accuracy on held-out latents of a logistic regression "
-        "on all their numbers. "
+        "on all their numbers. Codes averaged: perplexity of the posterior of one latent, mean over 500 images. "
         f"Seeds {', '.join(map(str, content['seeds']))}, of a row with fewer the first of them; +- is the standard "
         "deviation over them.",
         "",
@@ -120,18 +120,21 @@ def _others(rows: Sequence[Row]) -> list[tuple[str, int]]:
 
 def _table(rows: Sequence[Row], names: Sequence[tuple[str, int]]) -> list[str]:
     lines = [
-        "| tokenizer | tokens | seeds | distance | squared error | codes used | perplexity | probe, % | s |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| tokenizer | tokens | seeds | distance | squared error | codes used | perplexity | codes averaged | probe, % "
+        "| s |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, tokens in names:
         same = _rows(rows, name, tokens)
         coded = [row for row in same if row["codebook_used"] is not None]
         used = f"{_mean(coded, lambda row: row['codebook_used']):.0%}" if coded else "-"
         perplexity = f"{_mean(coded, lambda row: row['perplexity']):.0f}" if coded else "-"
+        soft = [row for row in same if row["averaged"] is not None]
+        averaged = f"{_mean(soft, itemgetter('averaged')):.0f}" if soft else "-"
         shown = "SoftVQ (tau=0.07, K=512)" if name == "SoftVQ" and len(names) > len(KINDS) * len(TOKENS) else name
         lines.append(
             f"| {shown} | {tokens} | {len(same)} | {_spread(same, lambda row: row['fd'], '.1f')} | "
-            f"{_mean(same, lambda row: row['mse']):.4f} | {used} | {perplexity} | "
+            f"{_mean(same, lambda row: row['mse']):.4f} | {used} | {perplexity} | {averaged} | "
             f"{_spread(same, lambda row: 100 * row['probe'], '.1f')} | {_mean(same, lambda row: row['seconds']):.0f} |"
         )
     return lines

@@ -23,6 +23,7 @@ from softgen.metrics.protocol import Protocol
 from softgen.models import SiT
 from softgen.tokenizers import SoftVQ
 from softgen.tokenizers.baseline_quantizers import NoQuantizer
+from softgen.tokenizers.soft_quantizer import SoftQuantizer
 from softgen.training.code_usage import code_usage, count_codes
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "softvq"
@@ -277,6 +278,16 @@ def _reconstruct(tokenizer: SoftVQ, images: Tensor) -> tuple[Tensor, Tensor, dic
         "perplexity": None if usage is None else float(usage.perplexity),
     }
     return pixels, torch.cat(latents), figures
+
+
+@torch.no_grad()
+def codes_averaged(setting: Setting, tokenizer: SoftVQ) -> float | None:
+    """Over how many codes a latent is spread: the mean perplexity of its posterior; None without a soft quantiser."""
+    if not isinstance(tokenizer.quantizer, SoftQuantizer):
+        return None
+    images, _ = held_out_images(setting, 500)
+    posterior = tokenizer.quantizer.posterior(tokenizer.raw_latents(images))
+    return float((-torch.special.xlogy(posterior, posterior).sum(dim=-1)).exp().mean())
 
 
 def _parts(images: Tensor) -> Iterator[Tensor]:
