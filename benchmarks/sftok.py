@@ -19,7 +19,8 @@ from sftok_report import claims, markdown, picture
 from sftok_runs import (
     ARMS,
     COLD,
-    WARM,
+    RATIOS,
+    VANILLA,
     Setting,
     chain_folder,
     measure_proxies,
@@ -40,6 +41,7 @@ def benchmark(
     *,
     data_root: str = "data/fashion_mnist",
     seeds: list[int] = [0, 1, 2],  # noqa: B006 - never changed
+    sweep_seeds: list[int] = [0],  # noqa: B006 - never changed
     out: str = "runs/benchmarks/sftok",
     results: str = str(Path(__file__).parent / "results"),
     processes: int = 2,
@@ -58,7 +60,8 @@ def benchmark(
 
     Args:
         data_root: Folder of Fashion-MNIST's files.
-        seeds: Of every row.
+        seeds: Of every row but the next.
+        sweep_seeds: Of the replacement ratios below 1.
         out: Where the runs are kept.
         results: Where the tables are written.
         processes: Runs side by side, one thread each.
@@ -92,10 +95,14 @@ def benchmark(
         starts: list[Job] = [(run_warm_up, setting, seed) for seed in seeds]
         run_all(pool, starts + [(run_arm, setting, arm, seed) for arm in COLD for seed in seeds])
         chains: list[Job] = [(run_chain, setting, seed) for seed in seeds]
-        run_all(pool, chains + [(run_arm, setting, arm, seed) for arm in WARM for seed in seeds])
+        vanilla: list[Job] = [(run_arm, setting, VANILLA, seed) for seed in seeds]
+        run_all(pool, [*chains, *vanilla, *((run_arm, setting, arm, seed) for arm in RATIOS for seed in sweep_seeds)])
     runs = {
         "warm_up": [result(warm_up_folder(setting, seed)) for seed in seeds],
-        **{arm.name: [result(arm.folder(setting, seed)) for seed in seeds] for arm in ARMS},
+        **{
+            arm.name: [result(arm.folder(setting, seed)) for seed in (sweep_seeds if arm in RATIOS else seeds)]
+            for arm in ARMS
+        },
         **{name: [result(chain_folder(setting, name, seed)) for seed in seeds] for name in CHAIN},
     }
     content: dict[str, Any] = {

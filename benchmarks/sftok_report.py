@@ -57,13 +57,15 @@ def claims(content: Content) -> dict[str, dict[str, Any]]:
         return _values(content, name, steps, "fd")
 
     def below(better: Sequence[float], worse: Sequence[float]) -> dict[str, Any]:
+        common = min(len(better), len(worse))
+        better, worse = better[:common], worse[:common]
         gap, spread = statistics.mean(worse) - statistics.mean(better), max(_deviation(better), _deviation(worse))
         pairs = [one - other for one, other in zip(better, worse, strict=True)]
         return {
             "measured": f"{_spread(better)} against {_spread(worse)}",
             "within_a_seed": _spread(pairs),
             "holds": gap > 0,
-            "beyond_spread": gap > spread,
+            "beyond_spread": gap > spread if common > 1 else None,
         }
 
     used = [run["codebook_used"] for name in SHOWN for run in content["runs"][name]]
@@ -98,7 +100,8 @@ def markdown(content: Content) -> str:
         f"both, of 32 images; fine-tuning {settings['fine_tuning_steps']:,}. Distance: Frechet, on the features of a "
         f"small classifier, between {proxies['n']:,} held-out images and what becomes of them; that of the proxies "
         f"themselves is {proxies['fd']:.2f}. Top-1: the share of the proxies that are right. Decoder temperature 1. "
-        f"Seeds {', '.join(map(str, content['seeds']))}; +- is the standard deviation over them, and the "
+        f"Seeds {', '.join(map(str, content['seeds']))}, of the ratios below 1 the first alone; "
+        "+- is the standard deviation over them, and the "
         "spread that a gap is held against is the larger one of the two.",
         "",
         "| the paper's claim | measured | difference within a seed | holds here | by more than the spread |",

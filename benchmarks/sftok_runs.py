@@ -107,8 +107,8 @@ COLD = (
     Arm("vanilla, no warm-up", warm_up=False, replace_prob=0.0),
     SFVR_COLD,
 )
-WARM = (VANILLA, Arm("ratio 0.5", warm_up=True, replace_prob=0.5), Arm("ratio 0.8", warm_up=True, replace_prob=0.8))
-ARMS = (*COLD, *WARM, SFVR)
+RATIOS = (Arm("ratio 0.5", warm_up=True, replace_prob=0.5), Arm("ratio 0.8", warm_up=True, replace_prob=0.8))
+ARMS = (*COLD, VANILLA, *RATIOS, SFVR)
 
 
 def train_proxies(setting: Setting) -> None:
