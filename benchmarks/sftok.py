@@ -7,7 +7,6 @@ SFTok as published: fine-tuning, a masked diffusion teacher, a one-step generato
 benchmarks/results. A run whose folder holds a result is not run again.
 """
 
-import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from multiprocessing import get_context
@@ -76,7 +75,6 @@ def benchmark(
         samples: Of a generation distance.
         note: What else a reader must know of these runs; goes into the table.
     """
-    begin = time.perf_counter()
     setting = Setting(
         root=Path(out),
         data_root=data_root,
@@ -115,7 +113,6 @@ def benchmark(
         "runs": runs,
     }
     content["claims"] = claims(content)
-    content["wall_seconds"] = time.perf_counter() - begin
     target = Path(results)
     write_json(target / "sftok.json", content)
     (target / "sftok.md").write_text(markdown(content))

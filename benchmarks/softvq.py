@@ -8,7 +8,6 @@ equal steps on the same batches. Writes softvq.json, .md and .png to benchmarks/
 result is not run again.
 """
 
-import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from multiprocessing import get_context
@@ -72,7 +71,6 @@ def benchmark(
         samples: Of a generation distance.
         note: What else a reader must know of these runs; goes into the table.
     """
-    begin = time.perf_counter()
     setting = Setting(Path(out), data_root, tokenizer_steps, flow_steps, sampler_steps, n, samples)
     kinds, aligned = kind_arms(seeds, length_seeds), aligned_arms(seeds)
     emoji = openmoji_arms(seeds)
@@ -94,7 +92,6 @@ def benchmark(
         "generators": [{**asdict(arm), **result(flow_folder(setting, arm))} for arm in generators],
     }
     content["claims"] = claims(content)
-    content["wall_seconds"] = time.perf_counter() - begin
     target = Path(results)
     write_json(target / "softvq.json", content)
     (target / "softvq.md").write_text(markdown(content))
