@@ -172,8 +172,8 @@ def _seconds(content: Mapping[str, Any]) -> str:
     trained = sum(row["seconds"] for key in _RUNS for row in content[key])
     count = sum(len(content[key]) for key in _RUNS)
     return (
-        f"{count} runs, {trained / 60:.0f} minutes of training in all, each on one thread, two side by side; s is the "
-        "mean wall time of a run."
+        f"{count} runs, {trained / 60:.0f} minutes of training in all, each on one thread, that is {trained / 120:.0f} "
+        "minutes of 2 cores; s is the mean wall time of a run."
     )
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from prompt_runs import clip_name, objectives_with_clip, open_clip, retrieval, train
 from torch import Tensor
 
 from rewards import CLIPReward
@@ -34,8 +35,6 @@ from softgen.images import save_grid
 from softgen.metrics import FeatureStatistics, ShapesGenEval, frechet_distance
 from softgen.metrics.clip_features import CLIPFeatures
 from softgen.metrics.features import extract_features
-from softgen.models import OpenCLIP
-from softgen.pretrained import Pretrained
 from softgen.sampling import MaskGITSampler
 from tteo import TTEOSettings, optimize
 
@@ -121,28 +120,16 @@ def benchmark(
     print((RESULTS / "text_to_image.md").read_text())
 
 
-def train(folder: Path, config: str, *options: str) -> None:
-    """Run a stage of configs/shapes, unless its model is there."""
-    if (folder / "model" / "config.json").is_file():
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    start = time.perf_counter()
-    words = [sys.executable, "-m", "softgen.fit", f"--config={CONFIGS / config}.yaml", f"--run_dir={folder}", *options]
-    with (folder / "log.txt").open("w") as log:
-        subprocess.run(words, check=True, stdout=log, stderr=subprocess.STDOUT)
-    write_json(folder / "time.json", {"minutes": (time.perf_counter() - start) / 60})
-
-
 def train_clip(runs: Runs, name: str, seed: int) -> None:
     """The reward's CLIP, or the judge's."""
-    train(runs.shared(name), "clip", f"--seed={seed}")
+    train(runs.shared(name), CONFIGS / "clip.yaml", f"--seed={seed}")
 
 
 def train_teacher(runs: Runs) -> None:
     """The tokenizer and the teacher."""
-    train(runs.shared("tokenizer"), "1_tokenizer")
+    train(runs.shared("tokenizer"), CONFIGS / "1_tokenizer.yaml")
     tokenizer = f"--model.init_args.tokenizer={runs.shared('tokenizer')}/model"
-    train(runs.shared("teacher"), "2_teacher", "--seed=0", tokenizer)
+    train(runs.shared("teacher"), CONFIGS / "2_teacher.yaml", "--seed=0", tokenizer)
 
 
 def run_seed(runs: Runs, seed: int, only: Sequence[str], n: int) -> None:
@@ -151,37 +138,17 @@ def run_seed(runs: Runs, seed: int, only: Sequence[str], n: int) -> None:
     teacher = f"--model.init_args.teacher={runs.shared('teacher')}/model"
     student = f"--model.init_args.student={folders['dimo']}/model"
     if any(not name.startswith("teacher") for name in only):
-        train(folders["dimo"], "3_dimo", f"--seed={seed}", teacher)
-    reward = {
-        "class_path": "distill.Reward",
-        "init_args": {
-            "rewards": [{"class_path": "rewards.CLIPReward", "init_args": {"model_name": _clip_name(runs)}}],
-            "weight": "auto",
-        },
-    }
-    objectives = _objectives("4_reward")
-    objectives[0]["init_args"]["auxiliary"] = f"{folders['dimo']}/auxiliary"
-    reward["init_args"] = {**objectives[1]["init_args"], **reward["init_args"]}
+        train(folders["dimo"], CONFIGS / "3_dimo.yaml", f"--seed={seed}", teacher)
+    dimo, reward = objectives_with_clip(CONFIGS / "4_reward.yaml", runs.shared("clip"), folders["dimo"] / "auxiliary")
     if "reward" in only or "tteo" in only:
-        given = f"--model.init_args.objectives={json.dumps([objectives[0], reward])}"
-        train(folders["reward"], "4_reward", f"--seed={seed}", teacher, student, given)
+        given = f"--model.init_args.objectives={json.dumps([dimo, reward])}"
+        train(folders["reward"], CONFIGS / "4_reward.yaml", f"--seed={seed}", teacher, student, given)
     if "reward_alone" in only:
-        alone = {**reward, "init_args": {**reward["init_args"], "weight": 1.0}}
+        alone = {**reward, "init_args": {**reward["init_args"], "weight": 1.0}}  # nothing to be weighed against
         given = f"--model.init_args.objectives={json.dumps([alone])}"
-        train(folders["reward_alone"], "4_reward", f"--seed={seed}", teacher, student, given)
+        train(folders["reward_alone"], CONFIGS / "4_reward.yaml", f"--seed={seed}", teacher, student, given)
     words = [sys.executable, __file__, "--worker", str(runs.root), str(seed), str(n), *only]
     subprocess.run(words, check=True)
-
-
-def _objectives(config: str) -> list[dict[str, Any]]:
-    import yaml
-
-    content = yaml.safe_load((CONFIGS / f"{config}.yaml").read_text())
-    return list(content["model"]["init_args"]["objectives"])
-
-
-def _clip_name(runs: Runs) -> str:
-    return f"local-dir:{runs.shared('clip')}/model"
 
 
 def score_seed(runs: Runs, seed: int, n: int, only: Sequence[str]) -> None:
@@ -219,7 +186,7 @@ def make(runs: Runs, seed: int, name: str, prompts: Sequence[str], tokenizer: An
         return made.images, time.perf_counter() - start
     generator = load_generator(runs.seed(seed, "reward" if name == "tteo" else name) / "model")
     if name == "tteo":
-        reward = CLIPReward(_clip_name(runs))
+        reward = CLIPReward(clip_name(runs.shared("clip")))
         result = optimize(generator, tokenizer, reward, list(prompts), settings=TTEO, seed=noise)
         return result.images, time.perf_counter() - start
     made = generate(one_step_tokens(generator), tokenizer, prompts, seed=noise, batch_size=250)
@@ -234,9 +201,7 @@ class Judge:
     """
 
     def __init__(self, runs: Runs) -> None:
-        opened = {name: Pretrained.from_pretrained(runs.shared(name) / "model") for name in ("clip", "judge")}
-        assert all(isinstance(clip, OpenCLIP) for clip in opened.values())
-        self.clips: dict[str, OpenCLIP] = opened  # type: ignore[assignment]
+        self.clips = {name: open_clip(runs.shared(name)) for name in ("clip", "judge")}
         self.extractor = CLIPFeatures(self.clips["judge"], name="shapes_judge")
         source = Shapes(seed=10).train_source()
         images = torch.cat([source.fetch(range(first, first + 500))["image"] for first in range(0, REFERENCE, 500)])
@@ -287,20 +252,8 @@ def _row(runs: Runs, seeds: Sequence[int], name: str) -> dict[str, Any]:
 
 
 def _retrieval(folder: Path) -> dict[str, float]:
-    clip = Pretrained.from_pretrained(folder / "model")
-    assert isinstance(clip, OpenCLIP)
     batch = Shapes(val_samples=1000).val_source().fetch(range(1000))
-    with torch.no_grad():
-        images = torch.cat([clip.encode_images(part) for part in torch.split(batch["image"], 250)])
-        texts = clip.encode_prompts(batch["prompt"])
-    hits: dict[str, list[float]] = {"image_to_text": [], "text_to_image": []}
-    for first in range(0, 1000, 100):
-        some, prompts = slice(first, first + 100), batch["prompt"][first : first + 100]
-        ids = torch.tensor([prompts.index(prompt) for prompt in prompts])
-        similarity = images[some] @ texts[some].T
-        for key, nearest in (("image_to_text", similarity.argmax(1)), ("text_to_image", similarity.argmax(0))):
-            hits[key].append(float((ids[nearest] == ids).float().mean()))
-    return {key: statistics.mean(values) for key, values in hits.items()}
+    return retrieval(open_clip(folder), batch["image"], batch["prompt"])
 
 
 def _minutes(runs: Runs, seeds: Sequence[int]) -> dict[str, float]:
@@ -368,7 +321,7 @@ def _markdown(content: Mapping[str, Any]) -> str:
     minutes = content["minutes"]
     lines += [
         "",
-        "Minutes of training, one thread each, two side by side: "
+        "Minutes of CPU of the trainings, one thread each, two side by side: "
         + ", ".join(f"{name} {value:.1f}" for name, value in minutes.items())
         + f"; in all {sum(minutes.values()):.0f}.",
     ]
