@@ -195,7 +195,7 @@ def run_tokenizer(setting: Setting, arm: Arm) -> None:
     if arm.options.get("quantization", "soft") != "soft":
         words.append("--model.init_args.kl_weight=0")
     if arm.aligned:
-        align = {"features": str(judge(setting.root)), "how": "avg_1d", "hidden": 128, "weight": 0.3}
+        align = {"features": str(judge(setting.root)), "how": "avg_1d", "hidden": 128, "weight": 0.1}
         words.append(f"--model.init_args.align={json.dumps(align)}")
     seconds = fit_stage(CONFIGS / "1_tokenizer.yaml", folder, words, seed=arm.seed, steps=setting.tokenizer_steps)
     measure = _measure_openmoji if arm.openmoji else _measure_tokenizer
