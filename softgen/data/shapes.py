@@ -27,14 +27,12 @@ from softgen.random import SampleRandom, derive_seed
 
 _COLOUR_JITTER = 0.015
 
-# Places and radii are multiples of these fractions of the side (4 pixels and 1 pixel at 32), and backgrounds are exact:
-# what little models can learn at this scale is what goes together, not the geometry of every edge.
-_CENTRE_STEP = 1 / 8
+# Radii are multiples of this fraction of the side (1 pixel at 32), and backgrounds are exact: what little models can
+# learn at this scale is what goes together, not the geometry of every edge.
 _RADIUS_STEP = 1 / 32
 
-# Radii in steps, by the number of objects: the smallest, the largest "small" and the smallest "large" one, the largest.
-# Two of the largest fit beside each other with all gaps.
-_RADII = torch.tensor(((5, 5, 7, 7), (5, 5, 6, 6), (5, 5, 6, 6), (5, 5, 6, 6)))
+# Radii in steps, small and large, of a single object and of several: those lie apart from each other.
+_RADII = torch.tensor(((5, 7), (5, 6)))
 
 
 @dataclass(frozen=True)
@@ -110,8 +108,8 @@ class Shapes(ImageDataModule):
     Circles, squares, triangles, crosses and rings in six colours, apart from each other, on white, grey or black. A
     caption asks for one of GenEval's six tasks (arXiv 2310.11513) and may name sizes and the background; what it does
     not name is drawn at random. `ShapesGenEval` verifies pictures against captions. Prompts have at most 14 words of a
-    vocabulary of 38 (`softgen.data.scenes.shapes_vocabulary`). Centres lie on a grid of an eighth of the side, and
-    radii are multiples of a 32nd; the colours jitter.
+    vocabulary of 38 (`softgen.data.scenes.shapes_vocabulary`). Centres lie at quarters of the side, and radii are 5 to
+    7 of its 32nds; the colours jitter.
 
     About 15 % of each task's descriptions are held out, the same for every seed, template and order of words:
     training never shows them, validation and `shapes_prompts` show nothing else. Validation is the same for every seed.
@@ -220,29 +218,25 @@ class _Table:
         colours = _stated_or(self.colour[rows], (colour * len(COLOURS)).long())
         jitter = (2 * rgb.view(-1, MAX_OBJECTS, 3) - 1) * _COLOUR_JITTER
         background = _stated_or(self.background[rows], (level[:, 0] * len(BACKGROUNDS)).long())
-        radius = self._radii(rows, size) * (kind >= 0)
         return Pictures(
             kind=kind,
             colour=colours,
             rgb=(COLOUR_RGB[colours] + jitter).clamp(0, 1),
-            centre=(self._centres(rows, radius, layout, turns) / _CENTRE_STEP).round() * _CENTRE_STEP,
-            radius=radius,
+            centre=self._centres(rows, layout, turns),
+            radius=self._radii(rows, size) * (kind >= 0),
             background=BACKGROUND_GREY[background][:, None].repeat(1, 3),
         )
 
     def _radii(self, rows: Tensor, draws: Tensor) -> Tensor:
-        """Radii (B, 4) within the range of the stated size, or within all that fits."""
-        limits = _RADII[self.count[rows] - 1][:, None, :]
-        size = self.size[rows]
-        low = torch.where(size == SIZES.index("large"), limits[..., 2], limits[..., 0])
-        high = torch.where(size == SIZES.index("small"), limits[..., 1], limits[..., 3])
-        return (low + (draws * (high - low + 1)).long()) * _RADIUS_STEP
+        """Radii (B, 4) of the stated size, or of any."""
+        size = _stated_or(self.size[rows], (draws * len(SIZES)).long())
+        return _RADII[(self.count[rows, None] > 1).long(), size] * _RADIUS_STEP
 
-    def _centres(self, rows: Tensor, radius: Tensor, layout: Tensor, turns: Tensor) -> Tensor:
+    def _centres(self, rows: Tensor, layout: Tensor, turns: Tensor) -> Tensor:
         """Centres (B, 4, 2) as x and y, by the stated relation or turned around at random."""
         relation = self.relation[rows]
         is_related = relation >= 0
-        centre = lay_out(radius, is_related=is_related, draws=layout)
+        centre = lay_out(self.kind[rows] >= 0, is_related=is_related, draws=layout)
         is_column = torch.where(is_related, relation >= RELATIONS.index("above"), turns[:, 0] < 0.5)
         is_reversed = torch.where(is_related, relation % 2 == 1, turns[:, 1] < 0.5)
         centre[..., 0] = torch.where(is_reversed[:, None], 1 - centre[..., 0], centre[..., 0])
