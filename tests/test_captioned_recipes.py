@@ -26,10 +26,11 @@ TINY_CLIP: dict[str, Any] = {
 
 def stand_ins(root: Path, name: str) -> None:
     """Untrained models, of the sizes that the recipes give, where earlier stages leave theirs."""
-    codes = 512 if name == "shapes" else 1024
-    tokenizer = ConvVQTokenizer(image_size=32, num_codes=codes, channels=[8, 8, 8])
+    codes, channels = 1024, [8, 8, 8, 8] if name == "shapes" else [8, 8, 8]
+    tokenizer = ConvVQTokenizer(image_size=32, num_codes=codes, channels=channels)
     encoder = WordTextEncoder(vocabulary=["a", "red", "circle"], num_words=8, width=8, depth=1, heads=1)
-    teacher = MaskedTransformer(num_codes=codes, num_sites=64, width=8, depth=1, heads=1, text_encoder=encoder)
+    sizes = {"width": 8, "depth": 1, "heads": 1}
+    teacher = MaskedTransformer(num_codes=codes, num_sites=tokenizer.num_sites, **sizes, text_encoder=encoder)
     tokenizer.save_pretrained(root / "1_tokenizer" / "model")
     teacher.save_pretrained(root / "2_teacher" / "model", tokenizer=tokenizer)
     teacher.save_pretrained(root / "3_dimo" / "auxiliary")
