@@ -100,8 +100,8 @@ def benchmark(
 
 
 def _has_generator(arm: Arm, sweep_seeds: list[int]) -> bool:
-    seeds = arm.name.startswith("SoftVQ") or arm.seed in sweep_seeds
-    return arm.tokens == COMPARED and arm.name in GENERATED and seeds
+    has_seed = arm.name.startswith("SoftVQ") or arm.seed in sweep_seeds
+    return arm.tokens == COMPARED and arm.name in GENERATED and has_seed
 
 
 def _row(setting: Setting, arm: Arm) -> dict[str, Any]:
