@@ -31,8 +31,7 @@ _COLOUR_JITTER = 0.015
 # learn at this scale is what goes together, not the geometry of every edge.
 _RADIUS_STEP = 1 / 32
 
-# Radii in steps, small and large, of a single object and of several: those lie apart from each other.
-_RADII = torch.tensor(((5, 7), (5, 6)))
+_RADII = torch.tensor((5.0, 6.5))  # in steps, small and large
 
 
 @dataclass(frozen=True)
@@ -105,11 +104,12 @@ class ShapesSource:
 class Shapes(ImageDataModule):
     """Pictures of 1 to 4 coloured shapes and their captions, drawn as they are needed.
 
-    Circles, squares, triangles, crosses and rings in six colours, apart from each other, on white, grey or black. A
+    Circles, squares, triangles, crosses and rings in six colours, each in a quarter of its own, on white, grey or
+    black. A
     caption asks for one of GenEval's six tasks (arXiv 2310.11513) and may name sizes and the background; what it does
     not name is drawn at random. `ShapesGenEval` verifies pictures against captions. Prompts have at most 14 words of a
-    vocabulary of 38 (`softgen.data.scenes.shapes_vocabulary`). Centres lie at quarters of the side, and radii are 5 to
-    7 of its 32nds; the colours jitter.
+    vocabulary of 38 (`softgen.data.scenes.shapes_vocabulary`). Radii are 5 or 6.5 32nds of the side; the colours
+    jitter.
 
     About 15 % of each task's descriptions are held out, the same for every seed, template and order of words:
     training never shows them, validation and `shapes_prompts` show nothing else. Validation is the same for every seed.
@@ -197,7 +197,6 @@ class _Table:
         self.size = torch.tensor([_places([_index(SIZES, a.size) for a in d.objects], d) for d in self.descriptions])
         self.background = torch.tensor([_index(BACKGROUNDS, d.background) for d in self.descriptions])
         self.relation = torch.tensor([_index(RELATIONS, d.relation) for d in self.descriptions])
-        self.count = torch.tensor([d.num_objects for d in self.descriptions])
         self.is_one_colour = torch.tensor([d.task == "counting" for d in self.descriptions])
         weights = [
             torch.tensor([_weight(d) for d in group], dtype=torch.float64) * (share / sum(map(_weight, group)))
@@ -230,7 +229,7 @@ class _Table:
     def _radii(self, rows: Tensor, draws: Tensor) -> Tensor:
         """Radii (B, 4) of the stated size, or of any."""
         size = _stated_or(self.size[rows], (draws * len(SIZES)).long())
-        return _RADII[(self.count[rows, None] > 1).long(), size] * _RADIUS_STEP
+        return _RADII[size] * _RADIUS_STEP
 
     def _centres(self, rows: Tensor, layout: Tensor, turns: Tensor) -> Tensor:
         """Centres (B, 4, 2) as x and y, by the stated relation or turned around at random."""

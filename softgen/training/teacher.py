@@ -47,7 +47,7 @@ class TeacherTraining(Stage):
     Args:
         tokenizer: Folder or hub id of the tokenizer, or the tokenizer itself. Its weights stay as they are.
         model: The network, e.g. `softgen.models.MaskedTransformer`, or `softgen.models.AutoregressiveTransformer`
-            (SNCE, eq. 13), which no mask law and no weighting concerns.
+            (SNCE, eq. 13), which neither mask law nor weighting nor token noise concerns.
         optimizer: Settings of its parameters.
         target: `hard` codes, `label_smoothing`, or `snce`: the neighbours of the latent (arXiv SNCE, eq. 8).
         label_smoothing: For that target, in [0, 1].
@@ -63,6 +63,9 @@ class TeacherTraining(Stage):
             tokenizer's code vectors, which large codebooks need.
         head_init: How a native model's output layer starts: `random`, or `codebook`: each code's row lies along the
             same projection, so that near codes have near logits from the first step.
+        token_noise: Up to what share of an image's visible tokens are random codes, in [0, 1]; an image's share is
+            uniform from 0 to it. Such a model doubts what it sees: it weighs tokens of its own, or of a student,
+            against the condition (masks and uniform noise together: GIDD, arXiv 2503.04482).
         label_dropout: Share of samples trained without condition, for guidance; in [0, 1].
         preview_steps: Sampling steps of the preview.
         seed: Seed of all randomness in training.
@@ -83,14 +86,16 @@ class TeacherTraining(Stage):
         mask_law: MaskLaw = "arccos",
         embedding_init: Literal["random", "codebook"] = "random",
         head_init: Literal["random", "codebook"] = "random",
+        token_noise: float = 0.0,
         label_dropout: float = 0.1,
         preview_steps: int = 8,
         seed: int = 0,
     ) -> None:
         super().__init__(optimizer=optimizer, seed=seed)
         check_target(target, label_smoothing=label_smoothing, two_tau_squared=two_tau_squared, key="model")
-        if not 0 <= label_dropout <= 1:
-            raise ValueError(f"model.label_dropout: expected a number in [0, 1], got {label_dropout}")
+        for name, share in (("token_noise", token_noise), ("label_dropout", label_dropout)):
+            if not 0 <= share <= 1:
+                raise ValueError(f"model.{name}: expected a number in [0, 1], got {share}")
         if weighting not in ("uniform", "elbo"):
             raise ValueError(f"model.weighting: expected uniform or elbo, got {weighting!r}")
         draw_mask_ratio(mask_law, torch.zeros(1), key="model.mask_law")
@@ -123,6 +128,7 @@ class TeacherTraining(Stage):
         self.neighbour_table = self._open_table(neighbour_table)
         self.weighting = weighting
         self.mask_law = mask_law
+        self.token_noise = token_noise
         self.label_dropout = label_dropout if model.has_null_condition else 0.0
         self._said_fused = False
         self.preview_steps = min(preview_steps, model.num_sites)
@@ -192,8 +198,17 @@ class TeacherTraining(Stage):
             weights = mask * (sites / counts).unsqueeze(-1) / mask.numel()
         else:
             weights = mask / mean_over_ranks(mask.sum())
-        embeddings = self.model.embed(example.tokens.masked_fill(mask, self.model.mask_id))
+        seen = self._with_token_noise(example.tokens, noise)
+        embeddings = self.model.embed(seen.masked_fill(mask, self.model.mask_id))
         return self._weighted_loss(embeddings, condition, example, weights)
+
+    def _with_token_noise(self, tokens: Tensor, noise: SampleRandom) -> Tensor:
+        """Tokens (B, N) of which some are random codes."""
+        if self.token_noise == 0:
+            return tokens
+        share = self.token_noise * noise.uniform()
+        is_noise = noise.uniform(tokens.shape[1]) < share.unsqueeze(-1)
+        return torch.where(is_noise, noise.integers(self.model.num_codes, tokens.shape[1]), tokens)
 
     def _weighted_loss(self, inputs: Tensor, condition: Condition, example: _Example, weights: Tensor) -> Tensor:
         """The sum over sites of weights (B, N) times the loss of the site."""

@@ -118,6 +118,29 @@ def test_pretokenised_data_uses_the_code_vectors(tokenizer: ConvVQTokenizer) -> 
     assert _loss(stage, batch) != pytest.approx(from_codes, rel=1e-3)
 
 
+def test_token_noise_replaces_up_to_its_share_of_an_image(tokenizer: ConvVQTokenizer) -> None:
+    seen: list[Tensor] = []
+    stage = _stage(tokenizer, token_noise=0.4, label_dropout=0.0, mask_law="square")
+    batch = _batch(512)
+    tokens = tokenizer.encode(batch["image"])
+    stage.model.embed = lambda tokens: seen.append(tokens) or MaskedTransformer.embed(stage.model, tokens)  # type: ignore[method-assign, func-returns-value]
+    _loss(stage, batch)
+    visible = seen[0] != stage.model.mask_id
+    share = ((seen[0] != tokens) & visible).sum(dim=1) / visible.sum(dim=1).clamp(min=1)
+    right_by_chance = 1 - 1 / stage.model.num_codes
+    many = share[visible.sum(dim=1) >= 8]
+    assert len(many) > 100
+    assert many.mean().item() == pytest.approx(0.2 * right_by_chance, abs=0.03)
+    assert (many > 0.3).any(), "the share differs between images"
+    assert (many < 0.1).any(), "the share differs between images"
+
+
+@pytest.mark.parametrize("name", ["token_noise", "label_dropout"])
+def test_a_share_outside_its_range_is_refused(tokenizer: ConvVQTokenizer, name: str) -> None:
+    with pytest.raises(ValueError, match=rf"model.{name}: expected a number in \[0, 1\], got 1.5"):
+        _stage(tokenizer, **{name: 1.5})
+
+
 def test_trains_on_a_token_cache(tokenizer: ConvVQTokenizer, tmp_path: Path) -> None:
     write_token_cache(tmp_path / "tokens", tokenizer, Digits(), progress=False)
     stage = _stage(tokenizer)
