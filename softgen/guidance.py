@@ -40,4 +40,5 @@ def guided_logits(
         return guided
     both = model(torch.cat([embeddings, embeddings]), type(condition).cat([condition, condition.drop()]))
     conditional, unconditional = both.chunk(2)
-    return torch.lerp(unconditional, conditional, scale)
+    weight = scale.to(conditional.dtype) if isinstance(scale, Tensor) else scale
+    return torch.lerp(unconditional, conditional, weight)

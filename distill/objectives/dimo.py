@@ -31,6 +31,8 @@ class DiMO(Objective):
     Args:
         beta: Generalised Jeffreys: 0 forward KL, 1 reverse KL, -0.2 in a published recipe.
         guidance: Scale of the teacher's classifier-free guidance; 1 is off.
+        guidance_schedule: `constant`, or `linear`: from 1 where all is masked to the scale where nothing is. What an
+            all-masked teacher says of single sites is right unguided; guided, each of them shows what was asked for.
         mask_law: Of the re-mask ratio.
         mask_range: Least and largest re-mask ratio, in [0, 1]; what the law draws outside is moved to the nearer one.
         teacher_temperature: Divides the teacher's logits, above 0.
@@ -52,6 +54,7 @@ class DiMO(Objective):
         *,
         beta: float = 0.0,
         guidance: float = 2.0,
+        guidance_schedule: Literal["constant", "linear"] = "constant",
         mask_law: MaskLaw = "arccos",
         mask_range: tuple[float, float] = (0.0, 1.0),
         teacher_temperature: float = 1.0,
@@ -77,6 +80,8 @@ class DiMO(Objective):
             raise ValueError(
                 f"DiMO.auxiliary_label_smoothing: expected a number in [0, 1], got {auxiliary_label_smoothing}"
             )
+        if guidance_schedule not in ("constant", "linear"):
+            raise ValueError(f"DiMO.guidance_schedule: expected constant or linear, got {guidance_schedule!r}")
         if reduction not in ("sum", "mean"):
             raise ValueError(f"DiMO.reduction: expected sum or mean, got {reduction!r}")
         draw_mask_ratio(mask_law, torch.zeros(1), key="DiMO.mask_law")
@@ -88,6 +93,7 @@ class DiMO(Objective):
             auxiliary_optimizer.check(key="DiMO.auxiliary_optimizer")
         self.beta = beta
         self.guidance = guidance
+        self.guidance_schedule = guidance_schedule
         self.mask_law = mask_law
         self.mask_range = mask_range
         self.teacher_temperature = teacher_temperature
@@ -120,7 +126,7 @@ class DiMO(Objective):
         masked_tokens = state.tokens.masked_fill(mask, state.teacher.mask_id)
         with torch.no_grad():
             teacher_logits = guided_logits(
-                state.teacher, state.teacher.embed(masked_tokens), state.condition, scale=self.guidance
+                state.teacher, state.teacher.embed(masked_tokens), state.condition, scale=self._guidance_scale(mask)
             )
         auxiliary_logits = self.auxiliary(self.auxiliary.embed(masked_tokens), state.condition)
 
@@ -147,6 +153,13 @@ class DiMO(Objective):
         ratio = draw_mask_ratio(self.mask_law, noise.uniform()).clamp(*self.mask_range)
         counts = mask_counts(ratio, sites)
         return exact_mask(counts, noise.uniform(sites))
+
+    def _guidance_scale(self, mask: Tensor) -> float | Tensor:
+        """The scale for masks (B, N), or scales (B, 1, 1)."""
+        if self.guidance_schedule == "constant" or self.guidance == 1:
+            return self.guidance
+        visible = 1 - mask.float().mean(dim=1)
+        return 1 + (self.guidance - 1) * visible[:, None, None]
 
     def _site_weights(self, mask: Tensor) -> Tensor:
         """Weights (B, N) that reduce per-site values to the loss; the mask as 0 and 1 in their dtype."""

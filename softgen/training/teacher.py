@@ -63,9 +63,9 @@ class TeacherTraining(Stage):
             tokenizer's code vectors, which large codebooks need.
         head_init: How a native model's output layer starts: `random`, or `codebook`: each code's row lies along the
             same projection, so that near codes have near logits from the first step.
-        token_noise: Up to what share of an image's visible tokens are random codes, in [0, 1]; an image's share is
-            uniform from 0 to it. Such a model doubts what it sees: it weighs tokens of its own, or of a student,
-            against the condition (masks and uniform noise together: GIDD, arXiv 2503.04482).
+        token_noise: Share of images, in [0, 1], some of whose visible tokens are those of the next image of the batch,
+            any share of them. What a student draws can be all of a piece and yet not what was asked for: such a teacher
+            doubts it, where others believe what they see before the condition.
         label_dropout: Share of samples trained without condition, for guidance; in [0, 1].
         preview_steps: Sampling steps of the preview.
         seed: Seed of all randomness in training.
@@ -203,12 +203,12 @@ class TeacherTraining(Stage):
         return self._weighted_loss(embeddings, condition, example, weights)
 
     def _with_token_noise(self, tokens: Tensor, noise: SampleRandom) -> Tensor:
-        """Tokens (B, N) of which some are random codes."""
+        """Tokens (B, N) of which some are those of the next image."""
         if self.token_noise == 0:
             return tokens
-        share = self.token_noise * noise.uniform()
-        is_noise = noise.uniform(tokens.shape[1]) < share.unsqueeze(-1)
-        return torch.where(is_noise, noise.integers(self.model.num_codes, tokens.shape[1]), tokens)
+        share = noise.uniform() * (noise.uniform() < self.token_noise)
+        is_other = noise.uniform(tokens.shape[1]) < share.unsqueeze(-1)
+        return torch.where(is_other, tokens.roll(-1, dims=0), tokens)
 
     def _weighted_loss(self, inputs: Tensor, condition: Condition, example: _Example, weights: Tensor) -> Tensor:
         """The sum over sites of weights (B, N) times the loss of the site."""

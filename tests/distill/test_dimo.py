@@ -91,7 +91,9 @@ def expected_mask(law: str) -> Tensor:
     return mask
 
 
-def expected_gradient(step: Case, *, beta: float, guidance: float, temperatures: tuple[float, float]) -> Tensor:
+def expected_gradient(
+    step: Case, *, beta: float, guidance: float | Tensor, temperatures: tuple[float, float]
+) -> Tensor:
     """Autograd of the true divergence, by the auxiliary's logits, at the masked sites."""
     teacher, auxiliary = step.stage.teacher, step.objective.auxiliary
     seen = torch.where(step.mask, K, step.state.tokens)
@@ -116,6 +118,19 @@ def test_the_gradient_on_the_students_logits(beta: float, guidance: float) -> No
     assert ((got - expected).norm() / expected.norm()).item() <= 1e-10
     assert got[~step.mask].abs().max() == 0
     assert (got[step.mask].abs().amax(-1) > 1e-6).all()
+
+
+def test_linear_guidance_is_none_where_all_is_masked() -> None:
+    step = case(guidance=4.0, guidance_schedule="linear")
+    (got,) = torch.autograd.grad(step.losses().generator, step.state.logits)
+    masked = step.mask.double().mean(dim=1)
+    scales = (masked + (1 - masked) * 4.0)[:, None, None]
+    assert len(scales.unique()) > 1
+    expected = expected_gradient(step, beta=0.0, guidance=scales, temperatures=(1, 1)) / B
+    assert ((got - expected).norm() / expected.norm()).item() <= 1e-6, "scales are in single precision"
+    everything = case(guidance=4.0, guidance_schedule="linear", mask_range=(1.0, 1.0))
+    unguided = case(guidance=1.0, mask_range=(1.0, 1.0))
+    assert torch.equal(everything.losses().generator, unguided.losses().generator)
 
 
 def test_the_temperatures_and_the_mean_reduction() -> None:
@@ -287,6 +302,10 @@ def test_guidance_needs_a_null_condition() -> None:
             r"DiMO.auxiliary_label_smoothing: expected a number in \[0, 1\], got 1.5",
         ),
         ({"reduction": "max"}, "DiMO.reduction: expected sum or mean, got 'max'"),
+        (
+            {"guidance_schedule": "cosine"},
+            "DiMO.guidance_schedule: expected constant or linear, got 'cosine'",
+        ),
         ({"weight": -1.0}, "DiMO.weight: expected 'auto' or a number of at least 0, got -1.0"),
         (
             {"auxiliary_optimizer": OptimizerConfig(lr=-1.0)},
