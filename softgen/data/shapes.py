@@ -105,11 +105,10 @@ class Shapes(ImageDataModule):
     """Pictures of 1 to 4 coloured shapes and their captions, drawn as they are needed.
 
     Circles, squares, triangles, crosses and rings in six colours, each in a quarter of its own, on white, grey or
-    black. A
-    caption asks for one of GenEval's six tasks (arXiv 2310.11513) and may name sizes and the background; what it does
-    not name is drawn at random. `ShapesGenEval` verifies pictures against captions. Prompts have at most 14 words of a
-    vocabulary of 38 (`softgen.data.scenes.shapes_vocabulary`). Radii are 5 or 6.5 32nds of the side; the colours
-    jitter.
+    black. A caption asks for one of GenEval's six tasks (arXiv 2310.11513) and may name sizes and the background; what
+    it does not name is drawn at random. `ShapesGenEval` verifies pictures against captions. Prompts have at most 14
+    words of a vocabulary of 38 (`softgen.data.scenes.shapes_vocabulary`). Radii are 5 or 6.5 32nds of the side; the
+    colours jitter.
 
     About 15 % of each task's descriptions are held out, the same for every seed, template and order of words:
     training never shows them, validation and `shapes_prompts` show nothing else. Validation is the same for every seed.
