@@ -45,6 +45,7 @@ GUIDANCE = 2.0
 TTEO = TTEOSettings(steps=20, lr=1.0, batch_size=125)
 REFERENCE = 5000
 DIVERSITY = 250  # prompts of which a second picture is made
+PICTURED = 16  # prompts, a column of pictures each
 ROWS = (*(f"teacher_{steps}" for steps in TEACHER_STEPS), "dimo", "reward", "tteo", "reward_alone")
 
 
@@ -233,6 +234,7 @@ def _bounds(runs: Runs, n: int) -> dict[str, dict[str, float]]:
         tasks = ShapesGenEval()
         tasks.update(shown, batch["prompt"])
         scores = judge.score(shown, shown, batch["prompt"])
+        del scores["diversity"]  # there is one picture of a prompt
         bounds[name] = {**{task: float(value) for task, value in tasks.compute().items()}, **scores}
     return bounds
 
@@ -300,7 +302,7 @@ def _markdown(content: Mapping[str, Any]) -> str:
         "|---" * (len(columns) + 1) + "|",
     ]
     for name, row in (*content["bounds"].items(), *((row["name"], row) for row in content["rows"])):
-        shown = [f"{row[key]:.3f}" for key in columns]
+        shown = [f"{row[key]:.3f}" if key in row else "-" for key in columns]
         lines.append(f"| {name} | " + " | ".join(shown) + " |")
     lines += ["", "| demand | measured |", "|---|---|"]
     lines += [f"| {name} | {value:.3f} |" for name, value in content["demands"].items()]
@@ -313,6 +315,9 @@ def _markdown(content: Mapping[str, Any]) -> str:
         )
         + ".",
     ]
+    prompts = "; ".join(asked.prompt for asked in shapes_prompts(PICTURED))
+    names = ", ".join(row["name"] for row in content["rows"])
+    lines += ["", "![pictures](text_to_image.png)", "", f"Rows from above: {names}. Columns: {prompts}."]
     clips = (
         f"{name}: image to text {value['image_to_text']:.3f}, text to image {value['text_to_image']:.3f}"
         for name, value in content["clips"].items()
@@ -329,11 +334,11 @@ def _markdown(content: Mapping[str, Any]) -> str:
 
 
 def _picture(runs: Runs, seed: int, only: Sequence[str]) -> None:
-    """The same 16 prompts, a row of pictures for each row of the table."""
-    prompts = [asked.prompt for asked in shapes_prompts(16)]
+    """The same prompts, a row of pictures for each row of the table."""
+    prompts = [asked.prompt for asked in shapes_prompts(PICTURED)]
     tokenizer = load_tokenizer(runs.shared("teacher") / "model")
     rows = [make(runs, seed, name, prompts, tokenizer, 5)[0] for name in only]
-    save_grid(torch.cat(rows), RESULTS / "text_to_image.png", columns=16)
+    save_grid(torch.cat(rows), RESULTS / "text_to_image.png", columns=PICTURED)
 
 
 def main() -> None:
