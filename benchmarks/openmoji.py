@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from prompt_runs import objectives_with_clip, open_clip, retrieval, train
+from prompt_runs import objectives_with_clip, open_clip, retrieval, train, train_clips
 from torch import Tensor
 
 from softgen import load_generator, load_model, load_tokenizer
@@ -56,9 +56,10 @@ def benchmark(
     root = Path(out)
     torch.set_num_threads(1)
     with ThreadPoolExecutor(processes) as pool:
-        clips = [pool.submit(train_clip, root, name, number) for name, number in (("clip", 100), ("judge", 101))]
-        pool.submit(train_generators, root, seed, clips[0].result).result()
-        clips[1].result()
+        generators = pool.submit(train_generators, root, seed)
+        for run in (generators, *train_clips(pool, root, CONFIGS / "clip.yaml")):
+            run.result()
+    train_reward(root, seed)
     data = OpenMoji()
     sides = {"seen": _names(data.train_source(), n), "held-out": _names(data.val_source(), n)}
     rows = [measure(root, name, sides, seed) for name in ROWS]
@@ -76,23 +77,24 @@ def benchmark(
     print((RESULTS / "openmoji.md").read_text())
 
 
-def train_clip(root: Path, name: str, seed: int) -> None:
-    """The reward's CLIP, or the judge's."""
-    train(root / name, CONFIGS / "clip.yaml", f"--seed={seed}")
-
-
-def train_generators(root: Path, seed: int, clip_is_there: Any) -> None:
-    """Tokenizer, teacher, Di[M]O, and the reward once its CLIP is there."""
+def train_generators(root: Path, seed: int) -> None:
+    """Tokenizer, teacher, and Di[M]O."""
     tokenizer = f"--model.init_args.tokenizer={root}/tokenizer/model"
-    teacher = f"--model.init_args.teacher={root}/teacher/model"
     train(root / "tokenizer", CONFIGS / "1_tokenizer.yaml", f"--seed={seed}")
     train(root / "teacher", CONFIGS / "2_teacher.yaml", f"--seed={seed}", tokenizer)
-    train(root / "dimo", CONFIGS / "3_dimo.yaml", f"--seed={seed}", teacher)
-    clip_is_there()
+    train(root / "dimo", CONFIGS / "3_dimo.yaml", f"--seed={seed}", _teacher(root))
+
+
+def train_reward(root: Path, seed: int) -> None:
+    """Di[M]O with the reward."""
     given = objectives_with_clip(CONFIGS / "4_reward.yaml", root / "clip", root / "dimo" / "auxiliary")
     student = f"--model.init_args.student={root}/dimo/model"
     objectives = f"--model.init_args.objectives={json.dumps(given)}"
-    train(root / "reward", CONFIGS / "4_reward.yaml", f"--seed={seed}", teacher, student, objectives)
+    train(root / "reward", CONFIGS / "4_reward.yaml", f"--seed={seed}", _teacher(root), student, objectives)
+
+
+def _teacher(root: Path) -> str:
+    return f"--model.init_args.teacher={root}/teacher/model"
 
 
 def _names(source: Any, n: int) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import Executor, Future
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from softgen.pretrained import Pretrained
 
 
 def train(folder: Path, config: Path, *options: str) -> None:
-    """Run a stage of a recipe, unless its model is there; note the minutes of CPU that it took.
+    """Run a stage of a recipe, unless its model is there.
 
     Args:
         folder: Of the run.
@@ -26,18 +27,35 @@ def train(folder: Path, config: Path, *options: str) -> None:
         options: Further arguments of `softgen.fit`.
 
     Raises:
-        RuntimeError: If training fails, with the name of its log.
+        RuntimeError: If training fails.
     """
     if (folder / "model" / "config.json").is_file():
         return
+    run_timed(folder, [sys.executable, "-m", "softgen.fit", f"--config={config}", f"--run_dir={folder}", *options])
+
+
+def train_clips(pool: Executor, root: Path, config: Path) -> list[Future[None]]:
+    """Start the trainings of `clip`, the reward's, and of `judge`, which differs by its seed and is no reward."""
+    return [pool.submit(train, root / name, config, f"--seed={seed}") for name, seed in (("clip", 100), ("judge", 101))]
+
+
+def run_timed(folder: Path, words: Sequence[str]) -> None:
+    """Run a command in a process of its own; keep its output and the minutes of CPU that it took.
+
+    Args:
+        folder: Where `log.txt` and `time.json` go.
+        words: The command.
+
+    Raises:
+        RuntimeError: If it fails, with the name of its log.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    words = [sys.executable, "-m", "softgen.fit", f"--config={config}", f"--run_dir={folder}", *options]
     with (folder / "log.txt").open("w") as log:
         process = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT)
         _, status, used = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        raise RuntimeError(f"training failed: see {log.name}")
+        raise RuntimeError(f"{folder.name} failed: see {log.name}")
     write_json(folder / "time.json", {"minutes": (used.ru_utime + used.ru_stime) / 60})
 
 

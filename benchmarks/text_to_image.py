@@ -11,17 +11,17 @@ benchmarks/results/text_to_image.json, .md and .png. What is finished in the fol
 
 import json
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from prompt_runs import clip_name, objectives_with_clip, open_clip, retrieval, train
+from prompt_runs import clip_name, objectives_with_clip, open_clip, retrieval, run_timed, train, train_clips
 from torch import Tensor
 
 from rewards import CLIPReward
@@ -64,19 +64,6 @@ class Runs:
         return self.root / f"seed_{seed}" / name
 
 
-@dataclass(frozen=True)
-class Scored:
-    """One row of one seed."""
-
-    images: Tensor
-    tasks: Mapping[str, float]
-    frechet: float
-    diversity: float
-    clip: float
-    judge: float
-    seconds: float
-
-
 def benchmark(
     *,
     seeds: list[int] = [0, 1, 2],  # noqa: B006 - never changed
@@ -93,16 +80,15 @@ def benchmark(
         only: Rows.
         n: Prompts.
         out: Where the runs are kept.
-        processes: Pipelines side by side.
+        processes: Trainings side by side.
         note: What else a reader must know of these runs; goes into the table.
     """
     runs = Runs(Path(out))
     with ThreadPoolExecutor(processes) as pool:
         teacher = pool.submit(train_teacher, runs)
-        clips = [pool.submit(train_clip, runs, name, seed) for name, seed in (("clip", 100), ("judge", 101))]
-        for run in (teacher, *clips):
+        for run in (teacher, *train_clips(pool, runs.root, CONFIGS / "clip.yaml")):
             run.result()
-        list(pool.map(lambda seed: run_seed(runs, seed, only, n), seeds))
+        run_seeds(pool, runs, seeds, only, n)
     content = {
         "command": f"python benchmarks/text_to_image.py --seeds '{seeds}' --n {n}",
         "note": note,
@@ -121,11 +107,6 @@ def benchmark(
     print((RESULTS / "text_to_image.md").read_text())
 
 
-def train_clip(runs: Runs, name: str, seed: int) -> None:
-    """The reward's CLIP, or the judge's."""
-    train(runs.shared(name), CONFIGS / "clip.yaml", f"--seed={seed}")
-
-
 def train_teacher(runs: Runs) -> None:
     """The tokenizer and the teacher."""
     train(runs.shared("tokenizer"), CONFIGS / "1_tokenizer.yaml")
@@ -133,23 +114,65 @@ def train_teacher(runs: Runs) -> None:
     train(runs.shared("teacher"), CONFIGS / "2_teacher.yaml", "--seed=0", tokenizer)
 
 
-def run_seed(runs: Runs, seed: int, only: Sequence[str], n: int) -> None:
-    """Train and score one seed."""
-    folders = {name: runs.seed(seed, name) for name in ("dimo", "reward", "reward_alone")}
-    teacher = f"--model.init_args.teacher={runs.shared('teacher')}/model"
-    student = f"--model.init_args.student={folders['dimo']}/model"
-    if any(not name.startswith("teacher") for name in only):
-        train(folders["dimo"], CONFIGS / "3_dimo.yaml", f"--seed={seed}", teacher)
-    dimo, reward = objectives_with_clip(CONFIGS / "4_reward.yaml", runs.shared("clip"), folders["dimo"] / "auxiliary")
-    if "reward" in only or "tteo" in only:
-        given = f"--model.init_args.objectives={json.dumps([dimo, reward])}"
-        train(folders["reward"], CONFIGS / "4_reward.yaml", f"--seed={seed}", teacher, student, given)
-    if "reward_alone" in only:
-        alone = {**reward, "init_args": {**reward["init_args"], "weight": 1.0}}  # nothing to be weighed against
-        given = f"--model.init_args.objectives={json.dumps([alone])}"
-        train(folders["reward_alone"], CONFIGS / "4_reward.yaml", f"--seed={seed}", teacher, student, given)
-    words = [sys.executable, __file__, "--worker", str(runs.root), str(seed), str(n), *only]
-    subprocess.run(words, check=True)
+def run_seeds(pool: ThreadPoolExecutor, runs: Runs, seeds: Sequence[int], only: Sequence[str], n: int) -> None:
+    """Train and score every seed: stage by stage, not seed by seed, so that all of the pool has work to the end."""
+    stages: list[Callable[[Runs, int], None]] = [
+        *([train_dimo] if any(not name.startswith("teacher") for name in only) else []),
+        *([train_reward] if {"reward", "tteo"} & set(only) else []),
+        *([train_reward_alone] if "reward_alone" in only else []),
+        partial(score_apart, n=n, only=only),
+    ]
+    latest: dict[int, Future[None]] = {}
+    for stage in stages:
+        for seed in seeds:
+            latest[seed] = pool.submit(_after, latest.get(seed), partial(stage, runs, seed))
+    for run in latest.values():
+        run.result()
+
+
+def _after(earlier: Future[None] | None, stage: Callable[[], None]) -> None:
+    """Run a stage when the seed's earlier one is done; that one was queued before, so it is under way at least."""
+    if earlier is not None:
+        earlier.result()
+    stage()
+
+
+def train_dimo(runs: Runs, seed: int) -> None:
+    """The one-step generator."""
+    train(runs.seed(seed, "dimo"), CONFIGS / "3_dimo.yaml", f"--seed={seed}", _teacher(runs))
+
+
+def train_reward(runs: Runs, seed: int) -> None:
+    """The one-step generator under the reward, held by Di[M]O."""
+    _train_with_clip(runs, seed, "reward", _objectives(runs, seed))
+
+
+def train_reward_alone(runs: Runs, seed: int) -> None:
+    """The one-step generator under the reward, held by nothing."""
+    _, reward = _objectives(runs, seed)
+    alone = {**reward, "init_args": {**reward["init_args"], "weight": 1.0}}  # nothing to be weighed against
+    _train_with_clip(runs, seed, "reward_alone", [alone])
+
+
+def _teacher(runs: Runs) -> str:
+    return f"--model.init_args.teacher={runs.shared('teacher')}/model"
+
+
+def _objectives(runs: Runs, seed: int) -> list[dict[str, Any]]:
+    return objectives_with_clip(CONFIGS / "4_reward.yaml", runs.shared("clip"), runs.seed(seed, "dimo") / "auxiliary")
+
+
+def _train_with_clip(runs: Runs, seed: int, name: str, objectives: Sequence[Mapping[str, Any]]) -> None:
+    student = f"--model.init_args.student={runs.seed(seed, 'dimo')}/model"
+    given = f"--model.init_args.objectives={json.dumps(objectives)}"
+    train(runs.seed(seed, name), CONFIGS / "4_reward.yaml", f"--seed={seed}", _teacher(runs), student, given)
+
+
+def score_apart(runs: Runs, seed: int, *, n: int, only: Sequence[str]) -> None:
+    """Score one seed in a process of its own."""
+    if not all(runs.seed(seed, f"score_{name}.json").is_file() for name in only):
+        words = [sys.executable, __file__, "--worker", str(runs.root), str(seed), str(n), *only]
+        run_timed(runs.seed(seed, "scores"), words)
 
 
 def score_seed(runs: Runs, seed: int, n: int, only: Sequence[str]) -> None:
@@ -260,7 +283,7 @@ def _retrieval(folder: Path) -> dict[str, float]:
 
 def _minutes(runs: Runs, seeds: Sequence[int]) -> dict[str, float]:
     folders = {name: runs.shared(name) for name in ("tokenizer", "teacher", "clip", "judge")}
-    for name in ("dimo", "reward", "reward_alone"):
+    for name in ("dimo", "reward", "reward_alone", "scores"):
         folders.update({f"{name}_{seed}": runs.seed(seed, name) for seed in seeds})
     paths = {name: folder / "time.json" for name, folder in folders.items()}
     return {name: json.loads(path.read_text())["minutes"] for name, path in paths.items() if path.is_file()}
@@ -326,7 +349,7 @@ def _markdown(content: Mapping[str, Any]) -> str:
     minutes = content["minutes"]
     lines += [
         "",
-        "Minutes of CPU of the trainings, one thread each, two side by side: "
+        "Minutes of CPU, one thread each, two side by side: "
         + ", ".join(f"{name} {value:.1f}" for name, value in minutes.items())
         + f"; in all {sum(minutes.values()):.0f}.",
     ]

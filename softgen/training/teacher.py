@@ -154,6 +154,8 @@ class TeacherTraining(Stage):
         """Images, classes and stored tokens must be those of tokenizer and model; new text encoders learn words."""
         check_conditions(data, self.model)
         check_images(data, self.tokenizer)
+        if self.token_noise and data.batch_size < 2:
+            raise ValueError(f"data.batch_size: expected at least 2 with token_noise, got {data.batch_size}")
         encoder = self.model.text_encoder
         if isinstance(encoder, WordTextEncoder) and not encoder.vocabulary:
             encoder.learn_words(data.captions())

@@ -137,6 +137,11 @@ def test_token_noise_shows_tokens_of_the_next_image(tokenizer: ConvVQTokenizer) 
     assert (many > 0.9).any(), "any share of them"
 
 
+def test_token_noise_needs_another_image(tokenizer: ConvVQTokenizer) -> None:
+    with pytest.raises(ValueError, match="data.batch_size: expected at least 2 with token_noise, got 1"):
+        _trainer(1).fit(_stage(tokenizer, token_noise=0.1), datamodule=Digits(batch_size=1))
+
+
 @pytest.mark.parametrize("name", ["token_noise", "label_dropout"])
 def test_a_share_outside_its_range_is_refused(tokenizer: ConvVQTokenizer, name: str) -> None:
     with pytest.raises(ValueError, match=rf"model.{name}: expected a number in \[0, 1\], got 1.5"):
