@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from softgen.devices import on_accelerator
 from softgen.flow import FlowSampler
 from softgen.models.autoregressive import AutoregressiveTransformer
 from softgen.models.base import MaskedDiffusionModel
@@ -91,7 +92,7 @@ def generate(
 
 def _wait(device: torch.device) -> None:
     """Until the device has done what was asked of it; a CPU already has."""
-    if torch.accelerator.is_available() and torch.accelerator.current_accelerator() == torch.device(device.type):
+    if on_accelerator(device):
         torch.accelerator.synchronize()
 
 

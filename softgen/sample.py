@@ -11,6 +11,7 @@ from torch import Tensor
 
 from softgen.cli import run_command
 from softgen.data.prompts import read_prompts
+from softgen.devices import best_device
 from softgen.flow import FlowSampler, Method
 from softgen.generation import (
     Generated,
@@ -264,12 +265,6 @@ def check_writable(folder: Path) -> None:
         raise ValueError(f"out: expected a folder that can be written to, got {str(folder)!r}") from error
     if not os.access(folder, os.W_OK):
         raise ValueError(f"out: expected a folder that can be written to, got {str(folder)!r}")
-
-
-def best_device() -> torch.device:
-    """The accelerator that torch sees, or the CPU."""
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return accelerator if accelerator is not None else torch.get_default_device()
 
 
 def check_positive(**counts: int) -> None:

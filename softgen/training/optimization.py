@@ -8,6 +8,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
+from softgen.training.muon import Muon
+
 Decay = Literal["constant", "linear", "cosine"]
 
 
@@ -23,7 +25,7 @@ class OptimizerConfig:
         warmup_steps: Steps of linear warm-up from 0.
         decay: How the rate falls from the end of the warm-up to the last step.
         final_factor: Rate at the last step as a share of `lr`, for linear and cosine decay.
-        muon_lr: Peak learning rate of Muon (`torch.optim.Muon`), which then trains the matrices between a model's
+        muon_lr: Peak learning rate of `softgen.training.muon.Muon`, which then trains the matrices between a model's
             embeddings and its output layer, in steps that are orthogonal matrices; Adam trains the rest. 0.02 suits
             small models. None for Adam alone.
     """
@@ -99,7 +101,7 @@ class AdamWAndMuon(torch.optim.Optimizer):
         muon: Over others.
     """
 
-    def __init__(self, adamw: torch.optim.AdamW, muon: torch.optim.Muon) -> None:
+    def __init__(self, adamw: torch.optim.AdamW, muon: Muon) -> None:
         self._parts: tuple[torch.optim.Optimizer, ...] = (adamw, muon)
         self._sizes = [len(part.param_groups) for part in self._parts]
         super().__init__([group for part in self._parts for group in part.param_groups], {})
@@ -157,7 +159,7 @@ def build_optimizer(groups: Iterable[ParameterGroup], *, fused: bool) -> torch.o
             if parameters:
                 param_groups.append({**settings, "params": parameters, "weight_decay": weight_decay})
     adamw = torch.optim.AdamW(param_groups, fused=fused)
-    return AdamWAndMuon(adamw, torch.optim.Muon(muon_groups)) if muon_groups else adamw
+    return AdamWAndMuon(adamw, Muon(muon_groups)) if muon_groups else adamw
 
 
 def lr_factor(config: OptimizerConfig, *, total_steps: int, first_step: int = 0) -> Callable[[int], float]:

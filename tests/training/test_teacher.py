@@ -138,7 +138,7 @@ def test_token_noise_shows_tokens_of_the_next_image(tokenizer: ConvVQTokenizer) 
 
 
 def test_token_noise_needs_another_image(tokenizer: ConvVQTokenizer) -> None:
-    with pytest.raises(ValueError, match="data.batch_size: expected at least 2 with token_noise, got 1"):
+    with pytest.raises(ValueError, match=r"data\.batch_size: expected at least 2 with token_noise, got 1"):
         _trainer(1).fit(_stage(tokenizer, token_noise=0.1), datamodule=Digits(batch_size=1))
 
 
