@@ -2,9 +2,10 @@
 
     python benchmarks/openmoji.py
 
-A tokenizer, a teacher, a one-step generator, the same with a CLIP reward, that CLIP, and another one that judges: how
-often the judge finds the name of a picture among 100, and the picture of a name. Writes openmoji.json, openmoji.md and
-openmoji.png, 64 emoji with their names, to benchmarks/results. What is in the folder of runs is not run again.
+A tokenizer, a teacher, a one-step generator, the same with a CLIP reward or trained as much longer without, that CLIP,
+and another one that judges: how often the judge finds the name of a picture among 100, and the picture of a name.
+Writes openmoji.json, openmoji.md and openmoji.png, 64 emoji with their names, to benchmarks/results. What is in the
+folder of runs is not run again.
 """
 
 import json
@@ -33,7 +34,7 @@ from softgen.sampling import MaskGITSampler
 RESULTS = Path(__file__).parent / "results"
 CONFIGS = Path(__file__).parents[1] / "configs" / "openmoji"
 SAMPLER = MaskGITSampler(steps=16, guidance=2.0)
-ROWS = ("real", "reconstructed", "teacher", "dimo", "reward")
+ROWS = ("real", "reconstructed", "teacher", "dimo", "longer", "reward")
 
 
 def benchmark(
@@ -59,11 +60,12 @@ def benchmark(
         generators = pool.submit(train_generators, root, seed)
         for run in (generators, *train_clips(pool, root, CONFIGS / "clip.yaml")):
             run.result()
-    train_reward(root, seed)
+        for run in [pool.submit(train_reward, root, seed, controls=controls) for controls in (False, True)]:
+            run.result()
     data = OpenMoji()
     sides = {"seen": _names(data.train_source(), n), "held-out": _names(data.val_source(), n)}
     rows = [measure(root, name, sides, seed) for name in ROWS]
-    folders = ("tokenizer", "teacher", "dimo", "reward", "clip", "judge")
+    folders = ("tokenizer", "teacher", "dimo", "longer", "reward", "clip", "judge")
     content: dict[str, Any] = {
         "command": f"python benchmarks/openmoji.py --seed {seed} --n {n}",
         "note": note,
@@ -85,12 +87,13 @@ def train_generators(root: Path, seed: int) -> None:
     train(root / "dimo", CONFIGS / "3_dimo.yaml", f"--seed={seed}", _teacher(root))
 
 
-def train_reward(root: Path, seed: int) -> None:
-    """Di[M]O with the reward."""
-    given = objectives_with_clip(CONFIGS / "4_reward.yaml", root / "clip", root / "dimo" / "auxiliary")
+def train_reward(root: Path, seed: int, *, controls: bool) -> None:
+    """Di[M]O with the reward; or, to compare with, as many steps of Di[M]O alone."""
+    dimo, reward = objectives_with_clip(CONFIGS / "4_reward.yaml", root / "clip", root / "dimo" / "auxiliary")
     student = f"--model.init_args.student={root}/dimo/model"
-    objectives = f"--model.init_args.objectives={json.dumps(given)}"
-    train(root / "reward", CONFIGS / "4_reward.yaml", f"--seed={seed}", _teacher(root), student, objectives)
+    objectives = f"--model.init_args.objectives={json.dumps([dimo] if controls else [dimo, reward])}"
+    folder = root / ("longer" if controls else "reward")
+    train(folder, CONFIGS / "4_reward.yaml", f"--seed={seed}", _teacher(root), student, objectives)
 
 
 def _teacher(root: Path) -> str:
@@ -145,7 +148,8 @@ def markdown(content: Mapping[str, Any]) -> str:
         f"One seed. {count['seen']} names of the training side and {count['held-out']} held-out ones; retrieval among "
         "100 pairs by the judge, a CLIP that was no reward (in brackets by the rewarded one): the share of pictures "
         "whose own name is nearest, and of names whose own picture is. Frechet distance of the training side to its "
-        f"real pictures on the judge's features. Teacher: {SAMPLER.steps} steps, guidance {SAMPLER.guidance:g}.",
+        f"real pictures on the judge's features. Teacher: {SAMPLER.steps} steps, guidance {SAMPLER.guidance:g}. "
+        "`longer`: Di[M]O alone for the steps that `reward` has had beyond `dimo`.",
         "",
         f"Command: `{content['command']}`.",
         "",

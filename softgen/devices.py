@@ -1,5 +1,7 @@
 """Where tensors live."""
 
+from functools import cache
+
 import torch
 
 
@@ -9,6 +11,7 @@ def best_device() -> torch.device:
     return accelerator if accelerator is not None else torch.get_default_device()
 
 
+@cache
 def on_accelerator(device: torch.device) -> bool:
     """Whether it is of the kind of accelerator that torch sees."""
     return torch.accelerator.is_available() and torch.accelerator.current_accelerator() == torch.device(device.type)
