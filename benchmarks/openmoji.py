@@ -169,6 +169,8 @@ def markdown(content: Mapping[str, Any]) -> str:
     minutes = content["minutes"]
     lines += [
         "",
+        "![64 names of the training side, drawn in one pass by `reward`](openmoji.png)",
+        "",
         "Minutes of CPU of the trainings, one thread each, two side by side: "
         + ", ".join(f"{name} {value:.1f}" for name, value in minutes.items())
         + f"; in all {sum(minutes.values()):.0f}.",
