@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from distill.memory import halve_around_codebook, kept_casts, recompute
 from distill.objectives.base import DistillState, Objective
 from distill.objectives.dimo import DiMO
-from distill.weighting import weigh
+from distill.weighting import MAX_WEIGHT, weigh
 from softgen.callbacks.accuracy import AccuracyWatch
 from softgen.categorical import sample_categorical
 from softgen.data.base import Batch, ImageDataModule
@@ -322,7 +322,21 @@ class SoftDiMO(Stage):
         self.log_dict(values, batch_size=len(batch["ordinal"]), sync_dist=True)
 
     def on_validation_epoch_end(self) -> None:
-        """Warn when the soft decoding moves away from the samples: whatever uses it is then less to be trusted."""
+        """Warn of automatic weights that are cut, and of a soft decoding that moves away from the samples."""
+        self._warn_of_cut_weights()
+        self._warn_of_wider_gap()
+
+    def _warn_of_cut_weights(self) -> None:
+        for objective in self._objectives():
+            weight = self.trainer.callback_metrics.get(f"train/{objective.name}_weight")
+            if weight is not None and float(weight) >= MAX_WEIGHT:
+                rank_zero_warn(
+                    f"{objective.name}: its automatic weight is at its largest, {MAX_WEIGHT:g}; its gradient stays "
+                    f"below {objective.weight_ratio:g} times (weight_ratio) that of the first objective"
+                )
+
+    def _warn_of_wider_gap(self) -> None:
+        """Whatever uses soft embeddings is then less to be trusted."""
         gap = self.trainer.callback_metrics.get("val/relaxation_gap")
         if gap is None or self.trainer.sanity_checking:
             return

@@ -92,7 +92,8 @@ def test_each_prompt_is_encoded_once(tiny_clip: str, clip_weights: Path, monkeyp
     assert encoded == [2, 1]
     reward.prompt_features.capacity = 1
     reward(IMAGES, PROMPTS)
-    assert torch.equal(reward(IMAGES, PROMPTS), first)
+    # A prompt that is encoded alone, not beside another, may round otherwise.
+    torch.testing.assert_close(reward(IMAGES, PROMPTS), first, rtol=1e-5, atol=1e-6)
     assert encoded == [2, 1, 1]  # "a green coat" was the one that went
     reward.prompt_features.capacity = 9
     reward.load_state_dict({name: value + 0.01 for name, value in reward.state_dict().items()})
