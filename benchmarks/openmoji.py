@@ -60,7 +60,7 @@ def benchmark(
         generators = pool.submit(train_generators, root, seed)
         for run in (generators, *train_clips(pool, root, CONFIGS / "clip.yaml")):
             run.result()
-        for run in [pool.submit(train_reward, root, seed, controls=controls) for controls in (False, True)]:
+        for run in [pool.submit(train_on, root, seed, rewarded=rewarded) for rewarded in (True, False)]:
             run.result()
     data = OpenMoji()
     sides = {"seen": _names(data.train_source(), n), "held-out": _names(data.val_source(), n)}
@@ -87,12 +87,12 @@ def train_generators(root: Path, seed: int) -> None:
     train(root / "dimo", CONFIGS / "3_dimo.yaml", f"--seed={seed}", _teacher(root))
 
 
-def train_reward(root: Path, seed: int, *, controls: bool) -> None:
-    """Di[M]O with the reward; or, to compare with, as many steps of Di[M]O alone."""
+def train_on(root: Path, seed: int, *, rewarded: bool) -> None:
+    """Go on with Di[M]O and the reward; or, to compare with, as many steps with Di[M]O alone."""
     dimo, reward = objectives_with_clip(CONFIGS / "4_reward.yaml", root / "clip", root / "dimo" / "auxiliary")
     student = f"--model.init_args.student={root}/dimo/model"
-    objectives = f"--model.init_args.objectives={json.dumps([dimo] if controls else [dimo, reward])}"
-    folder = root / ("longer" if controls else "reward")
+    objectives = f"--model.init_args.objectives={json.dumps([dimo, reward] if rewarded else [dimo])}"
+    folder = root / ("reward" if rewarded else "longer")
     train(folder, CONFIGS / "4_reward.yaml", f"--seed={seed}", _teacher(root), student, objectives)
 
 

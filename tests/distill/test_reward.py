@@ -320,29 +320,6 @@ def _trainer(*callbacks: object, steps: int = 4) -> Trainer:
     )
 
 
-@pytest.mark.filterwarnings("ignore:Class accuracy is not watched", "ignore:The gap between soft")
-@pytest.mark.parametrize(("ratio", "warned"), [(1e9, 1), (1e-3, 0)])
-def test_an_automatic_weight_that_is_cut_is_told(
-    tokenizer: ConvVQTokenizer, tmp_path: Path, ratio: float, warned: int, recwarn: pytest.WarningsRecorder
-) -> None:
-    write_token_cache(tmp_path / "tokens", tokenizer, Digits(), progress=False)
-    teacher = MaskedTransformer(num_codes=7, num_sites=16, num_classes=10, width=8, depth=1, heads=1)
-    judge = ClassifierReward(nn.Sequential(nn.Flatten(), nn.Linear(192, 10)))
-    reward = Reward(rewards=[judge], weight="auto", weight_ratio=ratio)
-    module = SoftDiMO(teacher=teacher, tokenizer=tokenizer, objectives=[DiMO(guidance=1.5), reward])
-    trainer = _trainer()
-    trainer.fit(module, datamodule=TokenCache(tmp_path / "tokens", batch_size=16))
-    assert not any("automatic weight" in str(warning.message) for warning in recwarn)
-
-    module.on_validation_epoch_end()
-
-    told = [str(warning.message) for warning in recwarn if "automatic weight" in str(warning.message)]
-    assert told == warned * [
-        "reward: its automatic weight is at its largest, 1000; its gradient stays below 1e+09 times (weight_ratio) "
-        "that of the first objective"
-    ]
-
-
 @pytest.mark.filterwarnings("ignore:Class accuracy is not watched")
 def test_training_moves_the_student_and_no_frozen_model(tokenizer: ConvVQTokenizer, tmp_path: Path) -> None:
     write_token_cache(tmp_path / "tokens", tokenizer, Digits(), progress=False)
