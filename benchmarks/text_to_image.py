@@ -4,9 +4,10 @@
     python benchmarks/text_to_image.py --seeds '[0]' --only '[teacher_8, dimo]'
 
 Shapes: a tokenizer, a teacher, a CLIP that is the reward and another one that is the judge, shared by the seeds; for
-each seed Di[M]O, Di[M]O with the reward, the reward without Di[M]O, and TTEO; the teacher's rows are drawn anew. Every
-row is scored on the same unseen prompts by a program that looks at the hard-decoded pictures. Writes
-benchmarks/results/text_to_image.json, .md and .png. What is finished in the folder of runs is not run again.
+each seed Di[M]O, Di[M]O with the reward, as many steps of Di[M]O alone, the reward without Di[M]O, and TTEO; the
+teacher's rows are drawn anew. Every row is scored on the same unseen prompts by a program that looks at the
+hard-decoded pictures. Writes benchmarks/results/text_to_image.json, .md and .png. What is finished in the folder of
+runs is not run again.
 """
 
 import json
@@ -42,11 +43,11 @@ RESULTS = Path(__file__).parent / "results"
 CONFIGS = Path(__file__).parents[1] / "configs" / "shapes"
 TEACHER_STEPS = (1, 4, 8, 16)
 GUIDANCE = 2.0
-TTEO = TTEOSettings(steps=20, lr=1.0, batch_size=125)
+TTEO = TTEOSettings(steps=20, lr=1.0, relaxation_temperature=8.0, batch_size=125)
 REFERENCE = 5000
 DIVERSITY = 250  # prompts of which a second picture is made
 PICTURED = 16  # prompts, a column of pictures each
-ROWS = (*(f"teacher_{steps}" for steps in TEACHER_STEPS), "dimo", "reward", "tteo", "reward_alone")
+ROWS = (*(f"teacher_{steps}" for steps in TEACHER_STEPS), "dimo", "dimo_longer", "reward", "tteo", "reward_alone")
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def benchmark(
         "rows": [_row(runs, seeds, name) for name in only],
         "minutes": _minutes(runs, seeds),
     }
-    content["demands"] = _demands(content["rows"], seeds)
+    content["demands"] = _demands(content["rows"])
     write_json(RESULTS / "text_to_image.json", content)
     (RESULTS / "text_to_image.md").write_text(_markdown(content))
     _picture(runs, seeds[0], only)
@@ -118,6 +119,7 @@ def run_seeds(pool: ThreadPoolExecutor, runs: Runs, seeds: Sequence[int], only: 
     """Train and score every seed: stage by stage, not seed by seed, so that all of the pool has work to the end."""
     stages: list[Callable[[Runs, int], None]] = [
         *([train_dimo] if any(not name.startswith("teacher") for name in only) else []),
+        *([train_longer] if "dimo_longer" in only else []),
         *([train_reward] if {"reward", "tteo"} & set(only) else []),
         *([train_reward_alone] if "reward_alone" in only else []),
         partial(score_apart, n=n, only=only),
@@ -144,14 +146,20 @@ def train_dimo(runs: Runs, seed: int) -> None:
 
 def train_reward(runs: Runs, seed: int) -> None:
     """The one-step generator under the reward, held by Di[M]O."""
-    _train_with_clip(runs, seed, "reward", _objectives(runs, seed))
+    _train_on(runs, seed, "reward", _objectives(runs, seed))
+
+
+def train_longer(runs: Runs, seed: int) -> None:
+    """To compare with the reward: as many steps, with its settings, of Di[M]O alone."""
+    dimo, _ = _objectives(runs, seed)
+    _train_on(runs, seed, "dimo_longer", [dimo])
 
 
 def train_reward_alone(runs: Runs, seed: int) -> None:
     """The one-step generator under the reward, held by nothing."""
     _, reward = _objectives(runs, seed)
     alone = {**reward, "init_args": {**reward["init_args"], "weight": 1.0}}  # nothing to be weighed against
-    _train_with_clip(runs, seed, "reward_alone", [alone])
+    _train_on(runs, seed, "reward_alone", [alone])
 
 
 def _teacher(runs: Runs) -> str:
@@ -162,7 +170,7 @@ def _objectives(runs: Runs, seed: int) -> list[dict[str, Any]]:
     return objectives_with_clip(CONFIGS / "4_reward.yaml", runs.shared("clip"), runs.seed(seed, "dimo") / "auxiliary")
 
 
-def _train_with_clip(runs: Runs, seed: int, name: str, objectives: Sequence[Mapping[str, Any]]) -> None:
+def _train_on(runs: Runs, seed: int, name: str, objectives: Sequence[Mapping[str, Any]]) -> None:
     student = f"--model.init_args.student={runs.seed(seed, 'dimo')}/model"
     given = f"--model.init_args.objectives={json.dumps(objectives)}"
     train(runs.seed(seed, name), CONFIGS / "4_reward.yaml", f"--seed={seed}", _teacher(runs), student, given)
@@ -283,22 +291,23 @@ def _retrieval(folder: Path) -> dict[str, float]:
 
 def _minutes(runs: Runs, seeds: Sequence[int]) -> dict[str, float]:
     folders = {name: runs.shared(name) for name in ("tokenizer", "teacher", "clip", "judge")}
-    for name in ("dimo", "reward", "reward_alone", "scores"):
+    for name in ("dimo", "dimo_longer", "reward", "reward_alone", "scores"):
         folders.update({f"{name}_{seed}": runs.seed(seed, name) for seed in seeds})
     paths = {name: folder / "time.json" for name, folder in folders.items()}
     return {name: json.loads(path.read_text())["minutes"] for name, path in paths.items() if path.is_file()}
 
 
-def _demands(rows: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> dict[str, Any]:
+def _demands(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     by_name = {row["name"]: row for row in rows}
     if not {"dimo", "reward", "tteo"} <= by_name.keys():
         return {}
     teacher = max((row for name, row in by_name.items() if name.startswith("teacher")), key=lambda row: row["overall"])
-    dimo, reward, tteo = by_name["dimo"], by_name["reward"], by_name["tteo"]
+    dimo, reward, tteo, longer = by_name["dimo"], by_name["reward"], by_name["tteo"], by_name.get("dimo_longer")
     return {
         "best teacher, overall (above 0.6)": teacher["overall"],
         "dimo / teacher (at least 0.75)": dimo["overall"] / teacher["overall"],
         "reward / dimo (at least 1.15)": reward["overall"] / dimo["overall"],
+        **({"reward / as many steps of dimo": reward["overall"] / longer["overall"]} if longer else {}),
         "largest fall of a task under the reward (at most 0.03)": max(dimo[task] - reward[task] for task in TASKS),
         "Frechet distance, reward / dimo (at most 1.2)": reward["frechet"] / dimo["frechet"],
         "tteo - reward, overall (above 0)": tteo["overall"] - reward["overall"],
@@ -315,7 +324,8 @@ def _markdown(content: Mapping[str, Any]) -> str:
         f"{content['guidance']:g}. Tasks are GenEval's six, verified by a program. Frechet distance to {REFERENCE} "
         "real pictures on the features of the judge, a CLIP that was no reward. Diversity: mean distance of those "
         f"features between two pictures of one prompt, {DIVERSITY} prompts. `clip`: mean cosine of the rewarded CLIP; "
-        "`judge`: the other's. Teacher, tokenizer and CLIPs are shared by the seeds.",
+        "`judge`: the other's. `dimo_longer`: Di[M]O alone for the steps that `reward` has had beyond `dimo`. "
+        "Teacher, tokenizer and CLIPs are shared by the seeds.",
         "",
         f"Command: `{content['command']}`.",
         "",

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from distill.memory import halve_around_codebook, kept_casts, recompute
 from distill.objectives.base import DistillState, Objective
 from distill.objectives.dimo import DiMO
-from distill.weighting import MAX_WEIGHT, weigh
+from distill.symptoms import warn_of_cut_weights, warn_of_lost_gradients
+from distill.weighting import weigh
 from softgen.callbacks.accuracy import AccuracyWatch
 from softgen.categorical import sample_categorical
 from softgen.data.base import Batch, ImageDataModule
@@ -266,7 +267,7 @@ class SoftDiMO(Stage):
             tokens=tokens,
             batch=batch,
             step=self.global_step,
-            student_step=max(0, self.global_step - self._critic_steps),
+            student_step=self._student_step,
             noise=lambda stream: self.noise(batch, stream),
         )
 
@@ -285,6 +286,11 @@ class SoftDiMO(Stage):
     def _critic_steps(self) -> int:
         """Steps at the start in which the student is held."""
         return max(objective.critic_only_steps for objective in self._objectives())
+
+    @property
+    def _student_step(self) -> int:
+        """Optimizer steps of the student done."""
+        return max(0, self.global_step - self._critic_steps)
 
     def parameter_groups(self) -> Iterable[ParameterGroup]:
         """`student`, and one a critic."""
@@ -310,6 +316,7 @@ class SoftDiMO(Stage):
             "val/max_probability": measured.max_probability,
             "val/entropy": measured.entropy,
             "val/covariance_trace": measured.covariance_trace,
+            "val/margin": measured.margin,
         }
         if self.tokenizer is not None:
             tokenizer = self.tokenizer.under(asked)
@@ -322,18 +329,12 @@ class SoftDiMO(Stage):
         self.log_dict(values, batch_size=len(batch["ordinal"]), sync_dist=True)
 
     def on_validation_epoch_end(self) -> None:
-        """Warn of automatic weights that are cut, and of a soft decoding that moves away from the samples."""
-        self._warn_of_cut_weights()
+        """Warn of automatic weights that are cut, of lost gradients, and of a soft decoding far from the samples."""
+        metrics = self.trainer.callback_metrics
+        warn_of_cut_weights(self._objectives(), metrics)
+        if "val/margin" in metrics:
+            warn_of_lost_gradients(self._objectives(), metrics, step=self._student_step)
         self._warn_of_wider_gap()
-
-    def _warn_of_cut_weights(self) -> None:
-        for objective in self._objectives():
-            weight = self.trainer.callback_metrics.get(f"train/{objective.name}_weight")
-            if weight is not None and float(weight) >= MAX_WEIGHT:
-                rank_zero_warn(
-                    f"{objective.name}: its automatic weight is at its largest, {MAX_WEIGHT:g}; its gradient stays "
-                    f"below {objective.weight_ratio:g} times (weight_ratio) that of the first objective"
-                )
 
     def _warn_of_wider_gap(self) -> None:
         """Whatever uses soft embeddings is then less to be trusted."""

@@ -51,6 +51,8 @@ class TTEOSettings:
             the generator's D normal draws: it holds r where it is likely, near sqrt(D - 1) (ReNO, arXiv 2406.04312).
         candidates: Starts tried for each condition, in one batch.
         temperature: Of the sampled tokens, above 0.
+        relaxation_temperature: Divides the logits that are decoded softly, above 0. A generator whose likeliest codes
+            lead by far passes hardly any gradient at 1.
         patience: Stop when no sample has improved for so many steps; 0 never stops early.
         keep_every: Steps between the images of the trajectory; 0 keeps none.
         batch_size: Conditions optimised at a time, which bounds the memory; 0 takes all at once.
@@ -66,6 +68,7 @@ class TTEOSettings:
     noise_norm: float = 0.0
     candidates: int = 1
     temperature: float = 1.0
+    relaxation_temperature: float = 1.0
     patience: int = 0
     keep_every: int = 0
     batch_size: int = 0
@@ -79,7 +82,7 @@ class TTEOSettings:
         for name, least in (("steps", 1), ("candidates", 1), ("patience", 0), ("keep_every", 0), ("batch_size", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
-        for name in ("lr", "temperature"):
+        for name in ("lr", "temperature", "relaxation_temperature"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: expected a number above 0, got {getattr(self, name)}")
         for name in ("clip", "pull", "noise_norm"):
@@ -245,7 +248,7 @@ class _Search:
 
     def _climb(self, logits: Tensor, embeddings: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
         """One gradient step; returns the soft scores that it was taken on."""
-        probs = probabilities(logits)
+        probs = probabilities(logits, temperature=self.settings.relaxation_temperature)
         images = self.tokenizer.decode_embeddings(self.tokenizer.embed_soft(probs))
         scores = _checked(self.reward(images, self.conditions), len(self.conditions), name=_name(self.reward))
         if not scores.requires_grad:

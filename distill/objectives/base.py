@@ -18,6 +18,7 @@ from softgen.models.conditions import Asked, Condition
 from softgen.models.generator import OneStepGenerator
 from softgen.pretrained import Pretrained
 from softgen.random import SampleRandom
+from softgen.relaxation import Relaxation
 from softgen.tokenizers.base import ImageTokenizer
 from softgen.training.optimization import OptimizerConfig, ParameterGroup
 
@@ -83,6 +84,7 @@ class Objective(nn.Module, ABC):
         name: Used in logs, error messages and the names of optimizer groups.
         needs_images: Whether the batch must hold real images or tokens.
         needs_tokenizer: Whether images are encoded or decoded.
+        relaxation: How the student's logits become embeddings, where they do.
         critic_only_steps: Steps at the start of a run in which only critics learn.
         default_optimizer: The student's settings, for a critic that has none of its own; set by `SoftDiMO`.
     """
@@ -90,6 +92,7 @@ class Objective(nn.Module, ABC):
     name: str
     needs_images: bool = False
     needs_tokenizer: bool = False
+    relaxation: Relaxation | None = None
     critic_only_steps: int = 0
     default_optimizer: OptimizerConfig = OptimizerConfig()
 

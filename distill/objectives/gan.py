@@ -136,6 +136,7 @@ class GAN(Objective):
     """
 
     name = "gan"
+    relaxation: Relaxation
     needs_images = True
     needs_tokenizer = True
 

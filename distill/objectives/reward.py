@@ -53,6 +53,7 @@ class Reward(Objective):
     """
 
     name = "reward"
+    relaxation: Relaxation
     needs_tokenizer = True
 
     def __init__(

@@ -22,11 +22,14 @@ class Sharpness:
         max_probability: Probability of the likeliest code, scalar in (0, 1].
         entropy: In nats, scalar.
         covariance_trace: tr Sigma = E|e|^2 - |E e|^2 of the embedding, scalar; 0 where no embedding was given.
+        margin: Median over sites of how far the largest logit is above the second, scalar. The gradient of the soft
+            embedding at a site falls as exp(-margin).
     """
 
     max_probability: Tensor
     entropy: Tensor
     covariance_trace: Tensor
+    margin: Tensor
 
 
 @torch.no_grad()
@@ -46,7 +49,13 @@ def sharpness(logits: Tensor, embedding: Tensor | None = None) -> Sharpness:
         max_probability=probs.amax(dim=-1).mean(),
         entropy=torch.special.entr(probs).sum(dim=-1).mean(),
         covariance_trace=trace,
+        margin=_margin(logits),
     )
+
+
+def _margin(logits: Tensor) -> Tensor:
+    first, second = logits.float().topk(2, dim=-1).values.unbind(dim=-1)
+    return (first - second).median()
 
 
 @torch.no_grad()

@@ -34,6 +34,13 @@ def test_sharpness_of_known_distributions() -> None:
     certain = sharpness(torch.tensor([[200.0, 0.0]]), torch.randn(2, 3))
     assert (certain.max_probability.item(), certain.entropy.item()) == (1, 0)
     assert certain.covariance_trace.item() == pytest.approx(0, abs=1e-6)
+    assert certain.margin.item() == 200
+
+
+def test_the_margin_is_the_median_over_sites_of_the_lead_of_the_largest_logit() -> None:
+    logits = torch.tensor([[[3.0, 5.0, -9.0], [1.0, 1.0, 0.0], [70.0, 0.0, 7.0]]])
+    assert sharpness(logits).margin.item() == 2
+    assert sharpness(logits.bfloat16()).margin.dtype == torch.float32
 
 
 def test_the_decoding_gap_is_the_root_mean_square_of_pixels() -> None:

@@ -1,5 +1,7 @@
 """Momentum, and the regulariser of the noise's norm."""
 
+import copy
+
 import pytest
 import torch
 from test_optimize import LABELS, _ink
@@ -71,6 +73,17 @@ def test_the_penalty_brings_the_noise_to_its_likely_norm(generator: OneStepGener
     assert (first - likely).abs().max() > 0.3
 
 
+def test_a_certain_generator_is_moved_at_a_higher_relaxation_temperature(generator: OneStepGenerator) -> None:
+    certain = copy.deepcopy(generator)
+    certain.scale_logits(1000.0)
+    # Nothing else may move: not what is sampled, and not the length of the step.
+    still = _soft(certain, TTEOSettings(steps=3, lr=5.0))
+    moved = _soft(certain, TTEOSettings(steps=3, lr=5.0, relaxation_temperature=1000.0))
+    torch.testing.assert_close(still[0], still[2])
+    torch.testing.assert_close(moved, _soft(generator, TTEOSettings(steps=3, lr=5.0)))
+    assert (moved[2] > moved[0] + 1e-3).all()
+
+
 def test_without_noise_there_is_no_norm() -> None:
     model = MaskedTransformer(num_codes=5, num_sites=4, num_classes=3, width=16, depth=1, heads=2)
     with pytest.raises(ValueError, match=r"^noise_norm: expected 0, since this generator adds no noise"):
@@ -83,6 +96,7 @@ def test_without_noise_there_is_no_norm() -> None:
         ({"momentum": 1.0}, r"^momentum: expected a number in \[0, 1\), got 1\.0$"),
         ({"momentum": 0.5, "optimizer": "adam"}, r"^momentum: expected 0 beside adam, got 0\.5$"),
         ({"nesterov": True}, r"^nesterov: expected a momentum above 0 beside it, got 0$"),
+        ({"relaxation_temperature": 0.0}, r"^relaxation_temperature: expected a number above 0, got 0\.0$"),
         ({"noise_norm": -1.0}, r"^noise_norm: expected a number of at least 0, got -1\.0$"),
     ],
 )
