@@ -48,7 +48,8 @@ class SoftDiMO(Stage):
         noise: Weight of the Gaussian noise on the initial embeddings, in [0, 1].
         mask_unit: Whether r_init counts single `site`s, or whole `token`s, all sites of which are masked together; the
             two differ where a token has several sites, as in MaskBit.
-        temperature: Of the tokens that the student samples in training, above 0.
+        temperature: Of the tokens that the student samples in training, above 0. With relaxations of the same
+            temperature a student whose logits are far apart can be moved again; what it leaves is sampled at 1.
         sharpen: Divides the student's logits once, before training, for good; below 1 makes a blunt student sharp.
         freeze_embedding: Keep the student's token embedding as the teacher's.
         frozen_dtype: Of the weights of the frozen teacher and tokenizer; float32 leaves them as they are, bfloat16
