@@ -10,8 +10,9 @@ from distill.objectives.base import Objective
 from distill.weighting import MAX_WEIGHT
 
 _LARGEST_MARGIN = 10.0
-"""Gradients behind a softmax are below exp(-10) of the others there."""
+"""Margin over temperature at which a warning is due: a softmax scales the gradient of such a site by about exp(-10)."""
 _MARGIN_TO_AIM_AT = 4.0
+"""Margin over temperature that the warning proposes."""
 
 
 def warn_of_cut_weights(objectives: Iterable[Objective], metrics: Mapping[str, Tensor]) -> None:
@@ -29,7 +30,7 @@ def warn_of_lost_gradients(objectives: Iterable[Objective], metrics: Mapping[str
     """Say which soft embeddings pass hardly any gradient, since the student's logits are too far apart.
 
     Di[M]O's gradient, that of the auxiliary model at the student's logits, does not end where the student is certain:
-    it goes on driving them apart. Behind a softmax at temperature 1 nothing can bring them together again.
+    it goes on driving them apart, until no gradient behind a softmax can bring them together again.
 
     Args:
         objectives: Those with a relaxation are looked at.

@@ -20,16 +20,7 @@ def test_an_automatic_weight_that_is_cut_is_told(ratio: float, warned: int, recw
     teacher = MaskedTransformer(num_codes=7, num_sites=16, num_classes=10, width=8, depth=1, heads=1)
     objectives = [DiMO(guidance=1.5), Sharpen(weight="auto", weight_ratio=ratio)]
     module = SoftDiMO(teacher=teacher, objectives=objectives)
-    trainer = Trainer(
-        accelerator="cpu",
-        max_steps=4,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
-        use_distributed_sampler=False,
-    )
+    trainer = _trainer(max_steps=4, limit_val_batches=0)
     trainer.fit(module, datamodule=Labels(num_classes=10, batch_size=8))
 
     module.on_validation_epoch_end()
@@ -61,10 +52,9 @@ def test_validation_tells_of_lost_gradients(recwarn: pytest.WarningsRecorder) ->
     torch.nn.init.normal_(teacher.head.weight)
     student = OneStepGenerator(copy.deepcopy(teacher), logit_scale=1000.0)
     module = SoftDiMO(teacher=teacher, tokenizer=ToyTokenizer(num_codes=7), student=student, objectives=[_Relaxed()])
-    trainer = Trainer(
-        accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, limit_val_batches=1
+    _trainer(max_steps=1, limit_val_batches=1).validate(
+        module, datamodule=Labels(num_classes=3, batch_size=8), verbose=False
     )
-    trainer.validate(module, datamodule=Labels(num_classes=3, batch_size=8), verbose=False)
     assert any("relaxed: at half of the sites" in str(warning.message) for warning in recwarn)
 
 
@@ -76,3 +66,16 @@ class _Relaxed(Objective):
 
     def forward(self, state: DistillState) -> ObjectiveLosses:
         raise NotImplementedError
+
+
+def _trainer(*, max_steps: int, limit_val_batches: int) -> Trainer:
+    return Trainer(
+        accelerator="cpu",
+        max_steps=max_steps,
+        limit_val_batches=limit_val_batches,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )

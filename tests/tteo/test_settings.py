@@ -76,10 +76,10 @@ def test_the_penalty_brings_the_noise_to_its_likely_norm(generator: OneStepGener
 def test_a_certain_generator_is_moved_at_a_higher_relaxation_temperature(generator: OneStepGenerator) -> None:
     certain = copy.deepcopy(generator)
     certain.scale_logits(1000.0)
-    # Nothing else may move: not what is sampled, and not the length of the step.
     still = _soft(certain, TTEOSettings(steps=3, lr=5.0))
     moved = _soft(certain, TTEOSettings(steps=3, lr=5.0, relaxation_temperature=1000.0))
     torch.testing.assert_close(still[0], still[2])
+    # The logits are divided by what they were multiplied by: the same climb.
     torch.testing.assert_close(moved, _soft(generator, TTEOSettings(steps=3, lr=5.0)))
     assert (moved[2] > moved[0] + 1e-3).all()
 
