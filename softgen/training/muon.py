@@ -16,6 +16,8 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the odd polynomial that an iteration applies to the singular values."""
 ITERATIONS = 5
 SMALLEST_NORM = 1e-7
+WIDE = 1.5
+"""Columns per row from which on iterations on X X^T cost less than those on X."""
 BATCH = 2**24
 """Elements that are made orthogonal at once, at most, or one matrix; it bounds the memory."""
 
@@ -25,7 +27,7 @@ class Muon(torch.optim.Optimizer):
 
     Small models have dozens of small matrices, and one at a time they keep an accelerator waiting for its launches. An
     accelerator computes in bfloat16, as Muon's author does; a processor, where bfloat16 may be emulated at a third of
-    the speed, in the matrices' own type.
+    the speed, in the matrices' own type, and there iterates on their small products where they are wide.
 
     Args:
         params: Matrices, or groups of them.
@@ -77,13 +79,37 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     Returns:
         Like `matrices`, bfloat16 on an accelerator.
     """
-    first, cubic, quintic = COEFFICIENTS
     result = matrices.bfloat16() if on_accelerator(matrices.device) else matrices
     result = result / torch.linalg.matrix_norm(result, keepdim=True).clamp(min=SMALLEST_NORM)
+    if torch.finfo(result.dtype).bits >= 32 and result.shape[2] > WIDE * result.shape[1]:
+        return torch.bmm(_iterated_product(result @ result.mT), result)
+    first = COEFFICIENTS[0]
     for _ in range(ITERATIONS):
-        gram = result @ result.mT
-        result = torch.baddbmm(result, torch.baddbmm(gram, gram, gram, beta=cubic, alpha=quintic), result, beta=first)
+        result = torch.baddbmm(result, _higher_terms(result @ result.mT), result, beta=first)
     return result
+
+
+def _iterated_product(gram: Tensor) -> Tensor:
+    """What all iterations together multiply matrices X by, from their X X^T alone, (G, R, R).
+
+    An iteration multiplies X by a polynomial P of X X^T, which then is P X X^T P: wide matrices need not be touched
+    (Gram Newton-Schulz, https://tridao.me/blog/2026/gram-newton-schulz). Half precision would not hold it.
+    """
+    first = COEFFICIENTS[0]
+    higher = _higher_terms(gram)
+    product = higher + first * torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
+    for _ in range(ITERATIONS - 1):
+        half_way = torch.baddbmm(gram, higher, gram, beta=first)
+        gram = torch.baddbmm(half_way, half_way, higher, beta=first)
+        higher = _higher_terms(gram)
+        product = torch.baddbmm(product, higher, product, beta=first)
+    return product
+
+
+def _higher_terms(gram: Tensor) -> Tensor:
+    """The polynomial of X X^T but for its constant term, the first coefficient."""
+    _, cubic, quintic = COEFFICIENTS
+    return torch.baddbmm(gram, gram, gram, beta=cubic, alpha=quintic)
 
 
 def _wide(matrix: Tensor) -> Tensor:

@@ -25,13 +25,23 @@ def _stepped(optimizer_class: type[torch.optim.Optimizer], steps: int = 4) -> li
     return [parameter.detach() for parameter in parameters]
 
 
-def test_applies_its_polynomial_to_the_singular_values() -> None:
-    matrices = torch.randn(3, 5, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+@pytest.mark.parametrize("shape", [(5, 5), (5, 7), (5, 9), (1, 4), (8, 64)])
+def test_applies_its_polynomial_to_the_singular_values(shape: tuple[int, int]) -> None:
+    matrices = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     left, values, right = torch.linalg.svd(matrices, full_matrices=False)
     values = values / values.norm(dim=1, keepdim=True)
     for _ in range(5):
         values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
     torch.testing.assert_close(orthogonalise(matrices), left @ torch.diag_embed(values) @ right, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("rank", [1, 4])
+@pytest.mark.parametrize("columns", [16, 64])
+def test_float32_holds_gradients_of_low_rank(rank: int, columns: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    matrices = torch.randn(3, 16, rank, generator=generator) @ torch.randn(3, rank, columns, generator=generator)
+    torch.testing.assert_close(orthogonalise(matrices).double(), orthogonalise(matrices.double()), rtol=0, atol=1e-4)
+    assert torch.equal(orthogonalise(torch.zeros(1, 16, columns)), torch.zeros(1, 16, columns))
 
 
 def test_takes_the_steps_of_torchs() -> None:
