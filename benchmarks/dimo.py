@@ -1,7 +1,7 @@
 """Di[M]O at CPU scale: the whole pipeline with several seeds, all-mask initialisation beside it, and throughput.
 
     python benchmarks/dimo.py --data digits
-    python benchmarks/dimo.py --data fashion_mnist --data_root /usr/share/datasets/fashion-mnist
+    python benchmarks/dimo.py --data fashion_mnist
 
 Writes benchmarks/results/dimo_<data>.json, .md and .png. Seeds run side by side, one thread each. A seed whose
 folder holds a finished run is not run again.

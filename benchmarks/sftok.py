@@ -1,6 +1,6 @@
 """SFTok at CPU scale: its own predictions against true proxies in training, warm-up, steps, and a generator on top.
 
-    python benchmarks/sftok.py --data_root /usr/share/datasets/fashion-mnist
+    python benchmarks/sftok.py
 
 Fashion-MNIST. Every tokenizer has the same network, the same proxies and equal steps. The last three stages follow
 SFTok as published: fine-tuning, a masked diffusion teacher, a one-step generator. Writes sftok.json, .md and .png to

@@ -1,6 +1,6 @@
 """SNCE against cross-entropy and label smoothing on a codebook of 16,384 codes, on Fashion-MNIST.
 
-    python benchmarks/snce_codebook.py --data_root /usr/share/datasets/fashion-mnist
+    python benchmarks/snce_codebook.py
 
 Trains one tokenizer with 16,384 codes and freezes it; then, for each seed, a masked diffusion model and an
 autoregressive one by each objective for equal steps, with the same batches and the same noise. Writes

@@ -1,6 +1,6 @@
 """Soft-Di[M]O at CPU scale: what GAN, reward and TTEO add to a one-step student, beside the controls they must beat.
 
-    python benchmarks/soft_dimo.py --data_root /usr/share/datasets/fashion-mnist
+    python benchmarks/soft_dimo.py
 
 Every arm goes on from the same Di[M]O checkpoint of its seed (benchmarks/dimo.py trains it if it is not there), sees
 the same batches and the same noise at the same step (common random numbers), and is scored on the same draws. Writes

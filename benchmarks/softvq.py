@@ -1,6 +1,6 @@
 """SoftVQ-VAE at CPU scale: against hard codes and a plain autoencoder in the same network, with a generator on each.
 
-    python benchmarks/softvq.py --data_root /usr/share/datasets/fashion-mnist
+    python benchmarks/softvq.py
 
 Fashion-MNIST. Reconstruction at 32, 16 and 8 tokens, temperatures, codebook sizes, the variants of the paper,
 alignment, linear probes, and a SiT on the latents; OpenMoji: the quantisers at 8 tokens. Every tokenizer is trained for

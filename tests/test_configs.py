@@ -51,6 +51,16 @@ def test_there_are_recipes() -> None:
         assert all(find_recipe(name).config(stage).is_file() for stage in STAGES)
 
 
+def test_every_recipe_ships() -> None:
+    tomllib = pytest.importorskip("tomllib")  # from Python 3.11 on
+    settings = tomllib.loads((FOLDER.parent / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = {path.parent.relative_to(FOLDER.parent).as_posix() for path in FOLDER.rglob("*.yaml")}
+    assert {f"softgen.{folder.replace('/', '.')}": folder for folder in folders} == {
+        name: folder for name, folder in settings["package-dir"].items() if folder != "configs"
+    }
+    assert settings["package-dir"].keys() <= set(settings["packages"])
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_recipe_instantiates(path: Path, tmp_path: Path) -> None:
     text = path.read_text()

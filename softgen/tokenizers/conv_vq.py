@@ -64,6 +64,7 @@ class ConvVQTokenizer(ImageTokenizer):
         res_blocks: Residual blocks a level.
         patch_size: Pixels a side of the patches that the first level works on, 1 for single pixels; above 1 the costly
             levels at full resolution are left out.
+        patchwise: Encode every patch by itself, so that a token says nothing of its neighbours; the decoder sees all.
     """
 
     def __init__(
