@@ -1,11 +1,14 @@
 """What the benchmarks with prompts share: how a stage of a recipe is run, and retrieval by a CLIP."""
 
+import json
 import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +60,22 @@ def run_timed(folder: Path, words: Sequence[str]) -> None:
     if process.returncode:
         raise RuntimeError(f"{folder.name} failed: see {log.name}")
     write_json(folder / "time.json", {"minutes": (used.ru_utime + used.ru_stime) / 60})
+
+
+@contextmanager
+def elapsed(path: Path) -> Iterator[None]:
+    """Add the minutes that pass within to those that a file holds, of earlier starts of the same benchmark."""
+    start, earlier = time.monotonic(), elapsed_minutes(path)
+    try:
+        yield
+    finally:
+        write_json(path, {"minutes": earlier + (time.monotonic() - start) / 60})
+
+
+def elapsed_minutes(path: Path) -> float:
+    """What `elapsed` wrote; 0 where nothing is."""
+    minutes: float = json.loads(path.read_text())["minutes"] if path.is_file() else 0.0
+    return minutes
 
 
 def clip_name(folder: Path) -> str:

@@ -314,20 +314,20 @@ class SoftDiMO(Stage):
         table = self.tokenizer.codebook if self.tokenizer is not None else None
         measured = sharpness(logits, table)
         values = {
-            "val/max_probability": measured.max_probability,
-            "val/entropy": measured.entropy,
-            "val/covariance_trace": measured.covariance_trace,
-            "val/margin": measured.margin,
+            "max_probability": measured.max_probability,
+            "entropy": measured.entropy,
+            "covariance_trace": measured.covariance_trace,
+            "margin": measured.margin,
         }
         if self.tokenizer is not None:
             tokenizer = self.tokenizer.under(asked)
-            values["val/relaxation_gap"] = decoding_gap(
+            values["relaxation_gap"] = decoding_gap(
                 probabilities(logits),
                 sample_categorical(logits, noise),
                 decode_soft=lambda probs: tokenizer.decode_embeddings(tokenizer.embed_soft(probs)),
                 decode_hard=tokenizer.decode,
             )
-        self.log_dict(values, batch_size=len(batch["ordinal"]), sync_dist=True)
+        self.report_validation(batch, values)
 
     def on_validation_epoch_end(self) -> None:
         """Warn of automatic weights that are cut, of lost gradients, and of a soft decoding far from the samples."""
@@ -386,6 +386,8 @@ def _open_student(
     if student is None:
         return OneStepGenerator(copy.deepcopy(teacher), r_init=r_init, noise=noise, mask_unit=mask_unit)
     opened = load_generator(student, key="model.student") if isinstance(student, str) else student
+    if set(opened.parameters()) & set(teacher.parameters()):
+        raise ValueError("model.student: expected weights of its own, got those of the teacher, which would be trained")
     check_same_sites(opened.model, teacher, key="model.student")
     settings: tuple[tuple[str, object, object, object], ...] = (
         ("r_init", r_init, _R_INIT, opened.r_init),

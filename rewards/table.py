@@ -65,6 +65,7 @@ def print_scores(
         with torch.no_grad():
             scores = [judge(image[None], [prompt]) for image, prompt in _rows(pixels, prompts, paired=paired)]
         columns[judge.name] = [f"{float(score):.6f}" for score in scores]
+        del judge  # before the next one is opened
     named = [(str(path), prompt) for path, prompt in _rows(images, prompts, paired=paired)]
     rows = [(*columns, "image", "prompt")]
     rows += [(*scores, *row) for *scores, row in zip(*columns.values(), named, strict=True)]

@@ -74,6 +74,7 @@ class StageCLI(LightningCLI):
             if config.threads < 1:
                 raise ValueError(f"threads: expected at least 1, got {config.threads}")
             torch.set_num_threads(config.threads)
+        torch.set_flush_denormal(True)  # numbers that small make a processor slow and say nothing
         if not 0 <= config.seed < 2**32:
             raise ValueError(f"seed: expected a number from 0 to 2^32 - 1, got {config.seed}")
         seed_everything(config.seed, workers=True, verbose=False)

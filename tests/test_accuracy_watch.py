@@ -151,10 +151,16 @@ def test_max_drop_is_the_largest_fall_that_passes(classifier: str) -> None:
         assert len(_warnings_of(trainer, _module(), _data())) == expected
 
 
+class _WarmAverage(StudentEMA):
+    """Past the warm-up of the decay: two steps hardly move the average."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
+        self.updates = 10_000
+
+
 def test_averaged_weights_are_what_is_measured(classifier: str) -> None:
-    average = StudentEMA(decay=0.99)
-    average.updates = 10_000  # past the warm-up of the decay: two steps hardly move the average
-    trainer = _trainer(_Corrupt(at=2), average, _watch(classifier))
+    trainer = _trainer(_Corrupt(at=2), _WarmAverage(decay=0.99), _watch(classifier))
     module = _module()
     assert _warnings_of(trainer, module, _data()) == []
     assert trainer.callback_metrics["val/accuracy"].item() == pytest.approx(_accuracy(_toy()))
@@ -171,6 +177,23 @@ def test_accuracy_before_training_survives_a_resume(classifier: str, tmp_path: P
 
     assert len(caught) == 1
     assert caught[0].startswith(f"{FELL} from {_accuracy(_toy()):.1%} to {_accuracy(_toy(right=0.1)):.1%} by step 4")
+
+
+def test_a_watched_run_goes_on_unwatched(classifier: str, tmp_path: Path) -> None:
+    trainer = _trainer(_watch(classifier), steps=2)
+    trainer.fit(_module(), datamodule=_data())
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    trainer = _trainer(_Corrupt(at=2), _watch(None), steps=4)
+    assert _warnings_of(trainer, _module(), _data(), ckpt_path=str(tmp_path / "run.ckpt")) == []
+    assert trainer.global_step == 4
+
+
+def test_a_watch_that_is_used_again_measures_again(classifier: str) -> None:
+    watch = _watch(classifier)
+    _trainer(watch, steps=2).fit(_module(), datamodule=_data())
+    other = _module()
+    other.student.model.load_state_dict(_toy(right=0.1).state_dict())
+    assert _warnings_of(_trainer(watch, steps=2), other, _data()) == []
 
 
 @dataclass

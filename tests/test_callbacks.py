@@ -82,6 +82,28 @@ def test_average_follows_the_formula_and_is_exported(device: str | None, tmp_pat
     assert not exported.training
 
 
+def test_an_average_that_is_used_again_starts_again() -> None:
+    averages = []
+    used = StudentEMA(decay=0.5)
+    _trainer(used, steps=3).fit(_module(), datamodule=_data())
+    for callback in (used, StudentEMA(decay=0.5)):
+        _trainer(callback, steps=3).fit(_module(), datamodule=_data())
+        averages.append(callback.state_dict())
+    assert averages[0]["updates"] == averages[1]["updates"] == 3
+    for name, value in averages[1]["average"].items():
+        assert torch.equal(averages[0]["average"][name], value)
+
+
+def test_a_restored_average_is_a_copy() -> None:
+    first, second = StudentEMA(decay=0.5), StudentEMA(decay=0.5)
+    _trainer(first, steps=3).fit(_module(), datamodule=_data())
+    before = {name: value.clone() for name, value in first.state_dict()["average"].items()}
+    second.load_state_dict(first.state_dict())
+    _trainer(second, steps=3).fit(_module(), datamodule=_data())
+    assert second.updates == 6
+    assert all(torch.equal(value, before[name]) for name, value in first.state_dict()["average"].items())
+
+
 def test_checkpoint_in_the_middle_of_validation_holds_the_raw_weights(tmp_path: Path) -> None:
     module, recorder, ema = _module(), _Recorder(tmp_path / "mid.ckpt"), StudentEMA(decay=0.5)
     trainer = _trainer(ema, recorder, steps=4, validate=True)

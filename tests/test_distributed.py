@@ -60,8 +60,10 @@ def _options(stage: str, folder: Path) -> list[str]:
     ]
 
 
-def _train(options: list[str], folder: Path, *, batch_size: int, devices: int, accumulate: int = 1) -> None:
-    """Fit, and write this rank's losses and final weights to `folder`."""
+def _train(
+    options: list[str], folder: Path, *, batch_size: int, devices: int, accumulate: int = 1, validate: bool = False
+) -> None:
+    """Fit, and write this rank's losses, what validation measured at the end, and final weights to `folder`."""
     losses: list[list[float]] = []
     report = Stage.report
 
@@ -81,7 +83,10 @@ def _train(options: list[str], folder: Path, *, batch_size: int, devices: int, a
                 f"--trainer.strategy={'ddp' if devices > 1 else 'auto'}",
                 f"--trainer.accumulate_grad_batches={accumulate}",
                 f"--trainer.max_steps={STEPS}",
-                "--trainer.limit_val_batches=0",
+                f"--trainer.val_check_interval={STEPS}",
+                "--trainer.check_val_every_n_epoch=null",
+                "--trainer.num_sanity_val_steps=0",
+                f"--trainer.limit_val_batches={1.0 if validate else 0}",
                 "--trainer.gradient_clip_val=1.0",
                 "--trainer.logger=false",
             ]
@@ -90,10 +95,12 @@ def _train(options: list[str], folder: Path, *, batch_size: int, devices: int, a
         Stage.report = report  # type: ignore[method-assign]
     rank = os.environ.get("RANK", "0")
     (folder / f"losses_{rank}.json").write_text(json.dumps(losses))
+    measured = {name: value.item() for name, value in cli.trainer.callback_metrics.items() if name.startswith("val/")}
+    (folder / f"validation_{rank}.json").write_text(json.dumps(measured))
     torch.save(cli.model.state_dict(), folder / f"weights_{rank}.pt")
 
 
-def _train_on_two(options: list[str], folder: Path, *, batch_size: int) -> None:
+def _train_on_two(options: list[str], folder: Path, *, batch_size: int, validate: bool = False) -> None:
     port, children = str(_free_port()), []
     for rank in range(2):
         child = os.fork()
@@ -111,7 +118,7 @@ def _train_on_two(options: list[str], folder: Path, *, batch_size: int) -> None:
                     MASTER_PORT=port,
                     TORCHELASTIC_RUN_ID="test",
                 )
-                _train(options, folder, batch_size=batch_size, devices=2)
+                _train(options, folder, batch_size=batch_size, devices=2, validate=validate)
                 code = 0
             finally:
                 os._exit(code)
@@ -122,6 +129,11 @@ def _train_on_two(options: list[str], folder: Path, *, batch_size: int) -> None:
 
 def _losses(folder: Path, rank: int = 0) -> Tensor:
     return torch.tensor(json.loads((folder / f"losses_{rank}.json").read_text()))
+
+
+def _validation(folder: Path, rank: int = 0) -> dict[str, float]:
+    measured: dict[str, float] = json.loads((folder / f"validation_{rank}.json").read_text())
+    return measured
 
 
 def _weights(folder: Path, rank: int = 0) -> dict[str, Tensor]:
@@ -144,6 +156,17 @@ def test_two_processes(stage: str, tmp_path: Path) -> None:
     torch.testing.assert_close(mean, _losses(tmp_path / "one"), atol=1e-5, rtol=0)
     for name, value in _weights(tmp_path / "one").items():
         torch.testing.assert_close(on_two[name], value, atol=1e-3, rtol=0)
+
+
+def test_two_processes_validate_what_one_does(tmp_path: Path) -> None:
+    """359 held-out digits: 7 are left for the last batch, fewer than the 16 of a process."""
+    options = _options("teacher", tmp_path)
+    _train_on_two(options, tmp_path / "two", batch_size=16, validate=True)
+    _train(options, tmp_path / "one", batch_size=32, devices=1, validate=True)
+    expected = _validation(tmp_path / "one")
+    assert expected.keys() == {"val/hard"}
+    for rank in range(2):
+        assert _validation(tmp_path / "two", rank) == pytest.approx(expected, abs=1e-4)
 
 
 def test_accumulated_parts_see_the_draws_of_the_whole_batch(tmp_path: Path) -> None:

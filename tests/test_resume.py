@@ -124,6 +124,57 @@ def test_killed_run_resumes_bit_equal(stage: str, killed_after: int, tmp_path: P
         assert torch.equal(state["exp_avg"], killed["optimizer_states"][0]["state"][index]["exp_avg"])
 
 
+def _run_and_be_told_to_stop_after(batches: int, options: list[str], run_dir: Path) -> None:
+    report = Stage.report
+
+    def counting(self: Stage, *args: object, **kwargs: object) -> torch.Tensor:
+        nonlocal batches
+        batches -= 1
+        if batches == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return report(self, *args, **kwargs)  # type: ignore[arg-type]
+
+    Stage.report = counting  # type: ignore[method-assign, assignment]
+    _fit(options, run_dir)
+
+
+@pytest.mark.parametrize(("batches", "step"), [(12, 7), (13, 7), (1, None)])
+def test_a_run_that_is_told_to_stop_within_a_step_resumes_bit_equal(
+    batches: int, step: int | None, tmp_path: Path
+) -> None:
+    """The gradients of a step that is not complete are lost, and its batches come again.
+
+    An epoch of five batches has three steps, of two, two and one.
+    """
+    options = _options("accumulating", tmp_path)
+    _fit(options, tmp_path / "whole")
+    _in_child(lambda: _run_and_be_told_to_stop_after(batches, options, tmp_path / "told"))
+    found = latest_checkpoint(tmp_path / "told")
+    assert found == (tmp_path / f"told/checkpoints/step_{step:08d}.ckpt" if step else None)
+
+    if found is not None:
+        _fit(options, tmp_path / "told", "--ckpt_path=last")
+        _same_tensors(tmp_path / "whole/model/model.safetensors", tmp_path / "told/model/model.safetensors")
+
+
+def test_global_draws_are_those_of_the_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dropout takes no generator; its masks must not depend on where a run was interrupted."""
+    report, drawn = Stage.report, []
+
+    def drawing(self: Stage, *args: object, **kwargs: object) -> torch.Tensor:
+        drawn.append(torch.rand(()).item())
+        return report(self, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Stage, "report", drawing)
+    options = _options("distill", tmp_path)
+    _fit(options, tmp_path / "whole")
+    whole = list(drawn)
+    assert len(set(whole)) == 17
+    (tmp_path / "whole/checkpoints/step_00000017.ckpt").unlink()
+    _fit(options, tmp_path / "whole", "--ckpt_path=last")
+    assert drawn[17:] == whole[15:]
+
+
 def _run_and_die_while_saving(options: list[str], run_dir: Path) -> None:
     save = torch.save
     saves = 0
@@ -200,6 +251,22 @@ def test_second_run_in_the_same_folder(tmp_path: Path) -> None:
     assert latest_checkpoint(tmp_path / "run") == tmp_path / "run/checkpoints/step_00000008.ckpt"
     second = load_file(tmp_path / "run/model/model.safetensors")
     assert not torch.equal(first["model.head.weight"], second["model.head.weight"])
+
+
+def test_going_back_sets_later_checkpoints_aside(tmp_path: Path) -> None:
+    options = _options("distill", tmp_path)
+    _fit(options, tmp_path / "run")
+
+    with pytest.warns(UserWarning, match="held checkpoints of an earlier run"):
+        _fit(
+            options,
+            tmp_path / "run",
+            f"--ckpt_path={tmp_path / 'run/checkpoints/step_00000015.ckpt'}",
+            "--trainer.max_steps=16",
+        )
+
+    assert [path.name for path in (tmp_path / "run/checkpoints_before_1").iterdir()] == ["step_00000017.ckpt"]
+    assert latest_checkpoint(tmp_path / "run") == tmp_path / "run/checkpoints/step_00000016.ckpt"
 
 
 def test_checkpoint_of_another_teacher_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

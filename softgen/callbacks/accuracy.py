@@ -49,6 +49,7 @@ class AccuracyWatch(Callback):
         self._judge: SmallClassifier | None = None
         self._before: float | None = None
         self._measured_with: tuple[str, int] | None = None
+        self._is_restored = False
 
     @property
     def watching(self) -> bool:
@@ -57,6 +58,9 @@ class AccuracyWatch(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the classifier."""
+        if not self._is_restored:
+            self._before = None
+        self._is_restored = False
         if self.classifier is None:
             return
         assert isinstance(pl_module, Stage)
@@ -84,6 +88,10 @@ class AccuracyWatch(Callback):
             self._before = None
         self._measured_with = now
 
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """What was restored is not for the next run."""
+        self._is_restored = False
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure before the first step; a resumed run knows what it was."""
         if self._judge is not None and self._before is None:
@@ -96,7 +104,7 @@ class AccuracyWatch(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The last look."""
-        if self._before is not None:
+        if self._judge is not None and self._before is not None:
             self._compare(trainer, pl_module)
 
     def _compare(self, trainer: Trainer, pl_module: LightningModule) -> float:
@@ -137,3 +145,4 @@ class AccuracyWatch(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` gave."""
         self._before, self._measured_with = state_dict["before"], state_dict["measured_with"]
+        self._is_restored = True

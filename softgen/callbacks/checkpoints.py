@@ -19,8 +19,11 @@ class ResumeCheckpoint(Checkpoint):
     """Writes `<run_dir>/checkpoints/step_00000123.ckpt` every n optimizer steps and at the last one.
 
     A checkpoint is written under another name, flushed to disk and renamed, and older ones go only after that:
-    a run killed at any moment has a checkpoint that loads. A run that starts anew in a used folder sets the earlier
-    run's checkpoints aside, as `checkpoints_before_1` and so on.
+    a run killed at any moment has a checkpoint that loads. A run that starts anew in a used folder, or goes on from a
+    checkpoint that is not the newest, sets those of later steps aside, as `checkpoints_before_1` and so on.
+
+    A run that ends while gradients accumulate is resumed at the first batch of that optimizer step, since its gradients
+    are not kept.
 
     Args:
         run_dir: The run's folder.
@@ -35,18 +38,24 @@ class ResumeCheckpoint(Checkpoint):
         self.folder = checkpoint_folder(run_dir)
         self.every_n_steps = every_n_steps
         self.keep = keep
+        self._written_step = -1
         self._last_step = -1
+        self._batches_of_step = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Do not write again the checkpoint that was just loaded; set those of an earlier run aside."""
-        self._last_step = trainer.global_step
-        if trainer.global_step == 0 and trainer.is_global_zero and any(self.folder.glob(PATTERN)):
+        """Do not write again the checkpoint that was just loaded; set those that do not lead to this run aside."""
+        self._written_step = self._last_step = trainer.global_step
+        self._batches_of_step = 0
+        later = [path for path in self.folder.glob(PATTERN) if path.name > _name(trainer.global_step)]
+        if later and trainer.is_global_zero:
             aside = next(
                 path
                 for path in (self.folder.with_name(f"checkpoints_before_{n}") for n in itertools.count(1))
                 if not path.exists()
             )
-            self.folder.rename(aside)
+            aside.mkdir()
+            for path in later:
+                path.rename(aside / path.name)
             rank_zero_warn(f"{self.folder} held checkpoints of an earlier run: they are in {aside} now")
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
@@ -54,11 +63,13 @@ class ResumeCheckpoint(Checkpoint):
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         step = trainer.global_step
+        self._batches_of_step = 0 if step != self._last_step else self._batches_of_step + 1
+        self._last_step = step
         ending = step == trainer.estimated_stepping_batches or trainer.should_stop or trainer.received_sigterm
         due = step % self.every_n_steps == 0 or ending
-        if due and step != self._last_step:
-            self._last_step = step
-            self._write(trainer, self.folder / f"step_{step:08d}.ckpt")
+        if due and step != self._written_step:
+            self._written_step = step
+            self._write(trainer, self.folder / _name(step))
 
     def _write(self, trainer: Trainer, target: Path) -> None:
         scratch = target.with_name(f".{target.name}.partial")
@@ -73,10 +84,21 @@ class ResumeCheckpoint(Checkpoint):
             if old != target:
                 old.unlink()
 
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Take back the batches of an optimizer step that is not complete."""
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        for counts in (progress["total"], progress["current"]):
+            for kind in counts:
+                counts[kind] -= self._batches_of_step
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Say how to go on after Ctrl-C or SIGTERM."""
         if isinstance(exception, (KeyboardInterrupt, SIGTERMException)) and trainer.is_global_zero:
             print(f"interrupted at step {trainer.global_step}; go on with --ckpt_path last", file=sys.stderr)
+
+
+def _name(step: int) -> str:
+    return f"step_{step:08d}.ckpt"
 
 
 def checkpoint_folder(run_dir: str | Path) -> Path:

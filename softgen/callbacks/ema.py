@@ -38,13 +38,20 @@ class StudentEMA(Callback):
         self._last_step = 0
         self._average: dict[str, Tensor] = {}
         self._raw: dict[str, Tensor] | None = None
+        self._is_restored = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start from the current weights, or from those that a checkpoint restored."""
         live = _floating(pl_module)
-        if not self._average:
+        if not self._is_restored:
+            self.updates = 0
             self._average = {name: self._copied(value) for name, value in live.items()}
+        self._is_restored = False
         self._average = {name: self._average[name].to(self.device or value.device) for name, value in live.items()}
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """What was restored is not for the next run."""
+        self._is_restored = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The step to count from; a resumed run knows it only now."""
@@ -126,16 +133,14 @@ class StudentEMA(Callback):
                 return
 
     def state_dict(self) -> dict[str, Any]:
-        """The average and the number of updates."""
-        return {
-            "updates": self.updates,
-            "average": {name: value.clone() for name, value in self._average.items()},
-        }
+        """The average itself, no copy, and the number of updates."""
+        return {"updates": self.updates, "average": dict(self._average)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` gave."""
         self.updates = int(state_dict["updates"])
-        self._average = dict(state_dict["average"])
+        self._average = {name: value.clone() for name, value in state_dict["average"].items()}
+        self._is_restored = True
 
 
 @contextmanager

@@ -11,12 +11,12 @@ from softgen.training.stage import Stage
 
 
 class StopOnNonFinite(Callback):
-    """Notes on the device the first step at which each value is not finite, and looks at the notes now and then.
+    """Notes on the device the first optimizer step in which each value is not finite, and looks at them now and then.
 
     So a step never waits for the device, and no checkpoint is written after a bad step unseen.
 
     Args:
-        check_every: Steps between looks, at least 1.
+        check_every: Optimizer steps between looks, at least 1.
     """
 
     def __init__(self, *, check_every: int = 20) -> None:
@@ -24,18 +24,26 @@ class StopOnNonFinite(Callback):
             raise ValueError(f"StopOnNonFinite.check_every: expected at least 1, got {check_every}")
         self.check_every = check_every
         self._first_bad: dict[str, Tensor] = {}
+        self._last_step = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin without notes."""
+        self._first_bad = {}
+        self._last_step = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Note this step's values."""
         assert isinstance(pl_module, Stage)
-        step = trainer.fit_loop.total_batch_idx + 1
+        is_complete = trainer.global_step != self._last_step  # or gradients accumulate
+        self._last_step = trainer.global_step
+        step = trainer.global_step + (not is_complete)
         for name, value in pl_module.latest_values.items():
             noted = self._first_bad.get(name)
             here = torch.where(torch.isfinite(value), -1, step)
             self._first_bad[name] = here if noted is None else torch.where(noted >= 0, noted, here)
-        if step % self.check_every == 0 or trainer.should_stop:
+        if (is_complete and step % self.check_every == 0) or trainer.should_stop:
             self._look()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

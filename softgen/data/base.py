@@ -87,7 +87,8 @@ def first_epoch() -> tuple[int, int]:
 class OrdinalBatches(Sampler[list[int]]):
     """Yields this rank's ordinals of each global batch of one epoch.
 
-    A global batch is `world_size * batch_size` consecutive ordinals, of which rank r takes its r-th slice.
+    A global batch is `world_size * batch_size` consecutive ordinals, of which rank r takes its r-th slice. Every rank
+    gives as many batches, none of them empty, so that collectives meet.
 
     Args:
         batch_size: Samples a batch on each rank.
@@ -97,8 +98,8 @@ class OrdinalBatches(Sampler[list[int]]):
         position: Asked whenever an iteration begins: the epoch to give, and how many of its batches are
             already done. By the trainer's count of batches, not of epochs: a run that stops within an epoch
             counts it as whole.
-        drop_last: Drop a last global batch that is not full. Without it the last batch may be short, or empty
-            on the higher ranks.
+        drop_last: Drop a last global batch that is not full. Without it what is left is shared evenly, as a batch of
+            its own or, where not every rank would get some, with the batch before.
     """
 
     def __init__(
@@ -120,16 +121,17 @@ class OrdinalBatches(Sampler[list[int]]):
 
     def __len__(self) -> int:
         full, rest = divmod(self.epoch_length, self.batch_size * self.world_size)
-        return full + (0 if self.drop_last or not rest else 1)
+        return full + (0 if self.drop_last or rest < self.world_size else 1)
 
     def __iter__(self) -> Iterator[list[int]]:
         epoch, first_batch = self.position()
-        offset = epoch * self.epoch_length
+        offset, global_batch = epoch * self.epoch_length, self.batch_size * self.world_size
         for batch in range(first_batch, len(self)):
-            low = (batch * self.world_size + self.rank) * self.batch_size
-            high = min(low + self.batch_size, self.epoch_length)
-            if low < high:
-                yield list(range(offset + low, offset + high))
+            low = batch * global_batch
+            is_rest = batch == len(self) - 1 and not self.drop_last
+            size = (self.epoch_length if is_rest else low + global_batch) - low
+            first, end = (low + rank * size // self.world_size for rank in (self.rank, self.rank + 1))
+            yield list(range(offset + first, offset + end))
 
 
 class StreamLoader(DataLoader[Batch]):
@@ -238,6 +240,8 @@ class ImageDataModule(LightningDataModule):
         """The held-out samples in their own order, each once."""
         source = self.val_source()
         rank, world_size = self._process()
+        if len(source) < world_size:
+            raise ValueError(f"data: expected a held-out sample for each of {world_size} processes, got {len(source)}")
         batches = OrdinalBatches(
             batch_size=self.batch_size,
             epoch_length=len(source),

@@ -1,5 +1,6 @@
 """The soft embedding: e = softmax(s) @ E (Soft-Di[M]O, OpenReview 83pHDDmkXt)."""
 
+import torch
 from torch import Tensor
 
 from softgen.relaxation.precision import full_precision, widen
@@ -32,12 +33,13 @@ def expected_embedding(probs: Tensor, embedding: Tensor) -> Tensor:
         embedding: One row a code, shape (K, d).
 
     Returns:
-        Expected rows, shape (..., d), in the embedding's dtype.
+        Expected rows, shape (..., d), in the embedding's dtype; summed in the wider one of the two.
 
     Raises:
         ValueError: If the two disagree on the number of codes.
     """
     if probs.shape[-1] != embedding.shape[0]:
         raise ValueError(f"probs: expected a last dimension of {embedding.shape[0]} codes, got {probs.shape[-1]}")
+    wide = torch.promote_types(probs.dtype, embedding.dtype)
     with full_precision(embedding):
-        return probs.to(embedding.dtype) @ embedding
+        return (probs.to(wide) @ embedding.to(wide)).to(embedding.dtype)

@@ -73,10 +73,10 @@ class CLIPTraining(Stage):
         same = torch.tensor([ids[prompt] for prompt in batch["prompt"]], device=similarity.device)
         to_text, to_image = similarity.argmax(dim=1), similarity.argmax(dim=0)
         values = {
-            "val/image_to_text": (same[to_text] == same).float().mean(),
-            "val/text_to_image": (same[to_image] == same).float().mean(),
+            "image_to_text": (same[to_text] == same).float().mean(),
+            "text_to_image": (same[to_image] == same).float().mean(),
         }
-        self.log_dict(values, batch_size=len(batch["ordinal"]), sync_dist=True)
+        self.report_validation(batch, values)
 
     def preview(self, batch: Batch) -> Tensor | None:
         """There is no picture."""

@@ -143,7 +143,7 @@ class FlowTraining(Stage):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Held-out loss under the same noise every time."""
         loss = self._loss(batch, self._condition(batch), self.noise(batch, "validation"))
-        self.log("val/velocity", loss, batch_size=len(batch["ordinal"]), sync_dist=True)
+        self.report_validation(batch, {"velocity": loss})
 
     @torch.no_grad()
     def preview(self, batch: Batch) -> Tensor:

@@ -12,6 +12,9 @@ from softgen.training.muon import Muon
 
 Decay = Literal["constant", "linear", "cosine"]
 
+OUTER_LAYERS = frozenset({"head", "lm_head", "prediction_layer", "input_proj"})
+"""What masked and autoregressive models call their linear input and output layers."""
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
@@ -83,10 +86,10 @@ class ParameterGroup:
 
 
 def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
-    """The weights of a model's linear layers and attentions, but for its output layer, which is called `head`."""
+    """The weights of a model's linear layers and attentions, but for its `OUTER_LAYERS`."""
     matrices: list[nn.Parameter] = []
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and name.rpartition(".")[2] != "head":
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] not in OUTER_LAYERS:
             matrices.append(module.get_parameter("weight"))
         elif isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
             matrices.append(module.get_parameter("in_proj_weight"))

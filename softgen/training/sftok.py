@@ -230,17 +230,16 @@ class SFTokTraining(CodeStage):
         Codes are the nearest, or by transport over the batch where the tokenizer was built with `eval: published`.
         """
         images, tokenizer = batch["image"], self.tokenizer
-        count = len(batch["ordinal"])
         tokens = self._tokens(images)
         self.count(tokens.view(1, -1))
         codes = tokenizer.codebook[tokens]
+        values = {"mse": F.mse_loss(self._decode(codes), images)}
         if self.teacher is not None:
             truth = self._truth(images)
             for name, steps in (("first", 1), ("last", tokenizer.steps)):
                 refined = tokenizer.refine(codes, steps=steps).tokens
-                accuracy = (refined == truth).float().mean()
-                self.log(f"val/{name}_step_accuracy", accuracy, batch_size=count, sync_dist=True)
-        self.log("val/mse", F.mse_loss(self._decode(codes), images), batch_size=count, sync_dist=True)
+                values[f"{name}_step_accuracy"] = (refined == truth).float().mean()
+        self.report_validation(batch, values)
 
     @torch.no_grad()
     def preview(self, batch: Batch) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from softgen.data.base import Batch, ImageDataModule
 from softgen.data.token_cache import TokenCache
+from softgen.distributed import sum_over_ranks
 from softgen.models.base import ImageCodeModel
 from softgen.models.conditions import Asked
 from softgen.pretrained import Pretrained, fingerprint
@@ -72,6 +73,10 @@ class Stage(LightningModule, ABC):
     def check_data(self, data: ImageDataModule) -> None:
         """Raise ValueError, naming the key, if the data does not go with the models."""
 
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """What draws without a generator of its own, as dropout does, depends on seed, batch and process alone too."""
+        torch.manual_seed(derive_seed(self.seed, "batch", self.trainer.fit_loop.total_batch_idx, self.global_rank))
+
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """As validation."""
         self.validation_step(batch, batch_idx)
@@ -121,6 +126,14 @@ class Stage(LightningModule, ABC):
         values = {f"train/{name}": value for name, value in self.latest_values.items()}
         self.log_dict(values, batch_size=len(batch["ordinal"]))
         return total
+
+    def report_validation(self, batch: Batch, values: Mapping[str, Tensor]) -> None:
+        """Log what validation measured of a batch as `val/<name>`: the mean over processes, each with the same weight.
+
+        Lightning rounds the mean of uneven batch sizes down to a whole number.
+        """
+        size = sum_over_ranks(torch.tensor(len(batch["ordinal"]), device=self.device))
+        self.log_dict({f"val/{name}": value for name, value in values.items()}, batch_size=int(size), sync_dist=True)
 
     @property
     def latest_losses(self) -> Mapping[str, Tensor]:
@@ -189,7 +202,8 @@ class Stage(LightningModule, ABC):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note which frozen modules the run used."""
         for name, module in self._frozen.items():
-            self._fingerprints.setdefault(name, fingerprint(module))
+            if name not in self._fingerprints:  # it reads every weight
+                self._fingerprints[name] = fingerprint(module)
         checkpoint["frozen_fingerprints"] = dict(self._fingerprints)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

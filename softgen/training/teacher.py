@@ -310,7 +310,7 @@ class TeacherTraining(Stage):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Held-out loss under the same noise every time."""
         loss = self._loss(self._tokenise(batch), self._condition(batch), self.noise(batch, "validation"))
-        self.log(f"val/{self.target}", loss, batch_size=len(batch["ordinal"]), sync_dist=True)
+        self.report_validation(batch, {self.target: loss})
 
     @torch.no_grad()
     def preview(self, batch: Batch) -> Tensor:

@@ -273,7 +273,7 @@ class TokenizerTraining(CodeStage):
             if self.code_shape is not None:
                 self.count(self._codes(raw))
         mse = F.mse_loss(decoded, batch["image"])
-        self.log("val/mse", mse, batch_size=len(batch["ordinal"]), sync_dist=True)
+        self.report_validation(batch, {"mse": mse})
 
     def on_train_end(self) -> None:
         """Also measure what generators normalise the latents by."""

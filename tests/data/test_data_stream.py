@@ -144,12 +144,22 @@ def test_drop_last() -> None:
     assert (len(keeping), list(keeping)) == (3, [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]])
 
 
-def test_without_drop_last_the_ranks_cover_every_ordinal_once() -> None:
-    ranks = [
-        list(OrdinalBatches(batch_size=4, epoch_length=10, rank=rank, world_size=2, drop_last=False))
-        for rank in range(2)
+@pytest.mark.parametrize(
+    ("length", "expected"),
+    [
+        (10, [[[0, 1, 2, 3], [8]], [[4, 5, 6, 7], [9]]]),
+        (9, [[[0, 1, 2, 3]], [[4, 5, 6, 7, 8]]]),
+        (3, [[[0]], [[1, 2]]]),
+    ],
+)
+def test_without_drop_last_ranks_have_as_many_batches_and_cover_every_ordinal_once(
+    length: int, expected: list[list[list[int]]]
+) -> None:
+    batches = [
+        OrdinalBatches(batch_size=4, epoch_length=length, rank=rank, world_size=2, drop_last=False) for rank in range(2)
     ]
-    assert ranks == [[[0, 1, 2, 3], [8, 9]], [[4, 5, 6, 7]]]
+    assert [list(some) for some in batches] == expected
+    assert [len(some) for some in batches] == [len(some) for some in expected]
 
 
 def test_loaders_without_a_trainer() -> None:

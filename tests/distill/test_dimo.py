@@ -342,3 +342,9 @@ def test_the_re_mask_ratio_stays_in_its_range() -> None:
 def test_a_re_mask_range_that_is_none(mask_range: tuple[float, float]) -> None:
     with pytest.raises(ValueError, match=r"^DiMO.mask_range: expected 0 <= least <= largest <= 1, got "):
         DiMO(mask_range=mask_range)
+
+
+def test_a_student_of_the_teachers_own_weights_is_refused() -> None:
+    teacher = MaskedTransformer(num_codes=7, num_sites=5, num_classes=3, width=8, depth=1, heads=1)
+    with pytest.raises(ValueError, match=r"^model\.student: expected weights of its own, got those of the teacher"):
+        SoftDiMO(teacher=teacher, student=OneStepGenerator(teacher))

@@ -367,8 +367,9 @@ def test_training_moves_the_student_and_no_frozen_model(tokenizer: ConvVQTokeniz
 
 
 @pytest.mark.filterwarnings("ignore:Class accuracy is not watched")
+@pytest.mark.parametrize(("accumulated", "step"), [(1, 3), (2, 2), (3, 1)])
 def test_reward_that_turns_nan_in_training_stops_the_run_with_its_name(
-    teacher: MaskedTransformer, tokenizer: ConvVQTokenizer
+    teacher: MaskedTransformer, tokenizer: ConvVQTokenizer, accumulated: int, step: int
 ) -> None:
     calls = 0
 
@@ -380,7 +381,8 @@ def test_reward_that_turns_nan_in_training_stops_the_run_with_its_name(
     objective = Reward(rewards=[Brightness(), Scripted(turns, name="turns")])
     module = _module(teacher, tokenizer, DiMO(guidance=1.5), objective)
     trainer = _trainer(StopOnNonFinite(check_every=1))
-    message = "reward, reward_score_turns: expected a finite value, got NaN or infinity at step 3"
+    trainer.accumulate_grad_batches = accumulated
+    message = f"reward, reward_score_turns: expected a finite value, got NaN or infinity at step {step}"
     with pytest.raises(ValueError, match=f"^{message}$"):
         trainer.fit(module, datamodule=Labels(3, batch_size=4))
 

@@ -89,3 +89,11 @@ def test_a_temperature_that_is_not_positive_is_refused(temperature: float) -> No
 def test_another_number_of_codes_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^probs: expected a last dimension of 5 codes, got 4$"):
         expected_embedding(torch.ones(2, 4) / 4, torch.ones(5, 3))
+
+
+def test_probabilities_are_not_narrowed_to_a_table_in_half_precision() -> None:
+    probs = torch.full((1, 1000), 1e-3)
+    table = torch.full((1000, 2), 3.0, dtype=torch.bfloat16)
+    soft = expected_embedding(probs, table)
+    assert soft.dtype == torch.bfloat16
+    assert torch.equal(soft, table[:1])

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from softgen.models import MaskBit
 from softgen.training import OptimizerConfig, ParameterGroup
 from softgen.training.optimization import build_optimizer, hidden_matrices, lr_factor
 
@@ -150,3 +151,12 @@ def test_a_held_group_starts_its_schedule_when_it_is_let_go() -> None:
     held = lr_factor(config, total_steps=30, first_step=10)
     free = lr_factor(config, total_steps=20)
     assert [held(step) for step in range(10, 31)] == [free(step) for step in range(21)]
+
+
+def test_muon_leaves_the_outer_layers_of_maskbit() -> None:
+    model = MaskBit(img_size=8, input_stride=4, bits=4, codebook_splits=2, hidden_dim=8, depth=1, heads=2, mlp_dim=8)
+    taken = {id(matrix) for matrix in hidden_matrices(model)}
+    names = {name for name, parameter in model.named_parameters() if id(parameter) in taken}
+    assert names
+    assert not names & {"input_proj.weight", "prediction_layer.weight"}
+    assert {"input_proj.weight", "prediction_layer.weight"} <= {name for name, _ in model.named_parameters()}
