@@ -4,8 +4,8 @@
     python benchmarks/text_to_image.py --seeds '[0]' --only '[teacher_8, dimo]'
 
 Shapes: a tokenizer, a teacher, a CLIP that is the reward and another one that is the judge, shared by the seeds; for
-each seed Di[M]O, Di[M]O with the reward, as many steps of Di[M]O alone, the reward without Di[M]O, and TTEO; the
-teacher's rows are drawn anew. Every row is scored on the same unseen prompts by a program that looks at the
+each seed Di[M]O, Di[M]O with the reward, the reward without Di[M]O, TTEO and, where it is asked for, as many steps of
+Di[M]O alone; the teacher's rows are drawn anew. Every row is scored on the same unseen prompts by a program that looks at the
 hard-decoded pictures. Writes benchmarks/results/text_to_image.json, .md and .png. What is finished in the folder of
 runs is not run again.
 """
@@ -103,7 +103,7 @@ def benchmark(
             run_seeds(pool, runs, seeds, only, n)
         bounds = _bounds(runs, n)
     content = {
-        "command": f"python benchmarks/text_to_image.py --seeds '{seeds}' --n {n}",
+        "command": f"python benchmarks/text_to_image.py --seeds '{seeds}' --n {n} --only '{json.dumps(only)}'",
         "note": note,
         "seeds": seeds,
         "n": n,
