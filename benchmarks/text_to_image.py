@@ -5,9 +5,9 @@
 
 Shapes: a tokenizer, a teacher, a CLIP that is the reward and another one that is the judge, shared by the seeds; for
 each seed Di[M]O, Di[M]O with the reward, the reward without Di[M]O, TTEO and, where it is asked for, as many steps of
-Di[M]O alone; the teacher's rows are drawn anew. Every row is scored on the same unseen prompts by a program that looks at the
-hard-decoded pictures. Writes benchmarks/results/text_to_image.json, .md and .png. What is finished in the folder of
-runs is not run again.
+Di[M]O alone; the teacher's rows are drawn anew. Every row is scored on the same unseen prompts by a program that looks
+at the hard-decoded pictures. Writes benchmarks/results/text_to_image.json, .md and .png. What is finished in the folder
+of runs is not run again.
 """
 
 import json
