@@ -41,11 +41,13 @@ class ResumeCheckpoint(Checkpoint):
         self._written_step = -1
         self._last_step = -1
         self._batches_of_step = 0
+        self._final_step: float = -1
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Do not write again the checkpoint that was just loaded; set those that do not lead to this run aside."""
         self._written_step = self._last_step = trainer.global_step
         self._batches_of_step = 0
+        self._final_step = trainer.estimated_stepping_batches
         later = [path for path in self.folder.glob(PATTERN) if path.name > _name(trainer.global_step)]
         if later and trainer.is_global_zero:
             aside = next(
@@ -65,7 +67,7 @@ class ResumeCheckpoint(Checkpoint):
         step = trainer.global_step
         self._batches_of_step = 0 if step != self._last_step else self._batches_of_step + 1
         self._last_step = step
-        ending = step == trainer.estimated_stepping_batches or trainer.should_stop or trainer.received_sigterm
+        ending = step == self._final_step or trainer.should_stop or trainer.received_sigterm
         due = step % self.every_n_steps == 0 or ending
         if due and step != self._written_step:
             self._written_step = step

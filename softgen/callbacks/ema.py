@@ -163,9 +163,11 @@ def _floating(pl_module: LightningModule) -> dict[str, Tensor]:
     """Live parameters and buffers that an average makes sense for, by name."""
     product = _product(pl_module)
     trained = {name: value for name, value in product.named_parameters() if value.requires_grad}
-    # Constants such as attention masks, which hold infinities, are in no state dict.
-    saved = product.state_dict(keep_vars=True).keys()
-    buffers = {name: value for name, value in product.named_buffers() if name in saved and value.is_floating_point()}
+    buffers = {name: value for name, value in product.named_buffers() if value.is_floating_point()}
+    if buffers:
+        # Constants such as attention masks, which hold infinities, are in no state dict.
+        saved = product.state_dict(keep_vars=True).keys()
+        buffers = {name: value for name, value in buffers.items() if name in saved}
     return {**trained, **buffers}
 
 

@@ -1,6 +1,6 @@
 """Muon: momentum whose matrices are made orthogonal (https://kellerjordan.github.io/posts/muon).
 
-Shape legend: G matrices, R rows, C columns, R <= C.
+Shape legend: G matrices, R rows, C columns.
 """
 
 import math
@@ -16,8 +16,8 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the odd polynomial that an iteration applies to the singular values."""
 ITERATIONS = 5
 SMALLEST_NORM = 1e-7
-WIDE = 1.5
-"""Columns per row from which on iterations on X X^T cost less than those on X."""
+ELONGATED = 1.5
+"""Ratio of the sides from which on iterations on X X^T, or X^T X, cost less than those on X."""
 BATCH = 2**24
 """Elements that are made orthogonal at once, at most, or one matrix; it bounds the memory."""
 
@@ -27,7 +27,7 @@ class Muon(torch.optim.Optimizer):
 
     Small models have dozens of small matrices, and one at a time they keep an accelerator waiting for its launches. An
     accelerator computes in bfloat16, as Muon's author does; a processor, where bfloat16 may be emulated at a third of
-    the speed, in the matrices' own type, and there iterates on their small products where they are wide.
+    the speed, in the matrices' own type, and there iterates on their small products where one side is longer.
 
     Args:
         params: Matrices, or groups of them.
@@ -53,25 +53,29 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             matrices = [matrix for matrix in group["params"] if matrix.grad is not None]
             for some in _alike(matrices):
-                directions = orthogonalise(torch.stack([_wide(self._momentum(matrix, group)) for matrix in some]))
-                for matrix, direction in zip(some, directions, strict=True):
-                    rows, columns = matrix.shape
-                    matrix.mul_(1 - group["lr"] * group["weight_decay"])
-                    step = group["lr"] * math.sqrt(max(1.0, rows / columns))
-                    matrix.add_(direction if rows <= columns else direction.T, alpha=-step)
+                directions = orthogonalise(torch.stack(self._momentum(some, group))).to(some[0].dtype)
+                if group["weight_decay"]:
+                    torch._foreach_mul_(some, 1 - group["lr"] * group["weight_decay"])
+                rows, columns = some[0].shape
+                step = group["lr"] * math.sqrt(max(1.0, rows / columns))
+                torch._foreach_add_(some, directions.unbind(), alpha=-step)
         return loss
 
-    def _momentum(self, matrix: Tensor, group: dict[str, Any]) -> Tensor:
-        state = self.state[matrix]
-        if not state:
-            state["momentum_buffer"] = torch.zeros_like(matrix)
-        assert matrix.grad is not None
-        average = state["momentum_buffer"].lerp_(matrix.grad, 1 - group["momentum"])
-        return matrix.grad.lerp(average, group["momentum"])
+    def _momentum(self, matrices: list[Tensor], group: dict[str, Any]) -> tuple[Tensor, ...]:
+        """The moving averages of the gradients, moved, with Nesterov's look ahead."""
+        gradients = [matrix.grad for matrix in matrices if matrix.grad is not None]
+        for matrix in matrices:
+            if not self.state[matrix]:
+                self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
+        averages = [self.state[matrix]["momentum_buffer"] for matrix in matrices]
+        torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
+        return torch._foreach_lerp(gradients, averages, group["momentum"])
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
-    """The nearest matrices with orthonormal rows, roughly: singular values end between 0.68 and 1.13.
+    """The nearest matrices with orthonormal rows, or columns where these are fewer, roughly.
+
+    Singular values end between 0.68 and 1.13.
 
     Args:
         matrices: (G, R, C).
@@ -81,18 +85,27 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     """
     result = matrices.bfloat16() if on_accelerator(matrices.device) else matrices
     result = result / torch.linalg.matrix_norm(result, keepdim=True).clamp(min=SMALLEST_NORM)
-    if torch.finfo(result.dtype).bits >= 32 and result.shape[2] > WIDE * result.shape[1]:
-        return torch.bmm(_iterated_product(result @ result.mT), result)
+    rows, columns = result.shape[1:]
+    is_wide = rows <= columns
+    if torch.finfo(result.dtype).bits >= 32 and max(rows, columns) > ELONGATED * min(rows, columns):
+        product = _iterated_product(_gram(result, is_wide=is_wide))
+        return torch.bmm(product, result) if is_wide else torch.bmm(result, product)
     first = COEFFICIENTS[0]
     for _ in range(ITERATIONS):
-        result = torch.baddbmm(result, _higher_terms(result @ result.mT), result, beta=first)
+        higher = _higher_terms(_gram(result, is_wide=is_wide))
+        result = torch.baddbmm(result, *((higher, result) if is_wide else (result, higher)), beta=first)
     return result
 
 
-def _iterated_product(gram: Tensor) -> Tensor:
-    """What all iterations together multiply matrices X by, from their X X^T alone, (G, R, R).
+def _gram(matrices: Tensor, *, is_wide: bool) -> Tensor:
+    """The smaller of X X^T and X^T X."""
+    return torch.bmm(matrices, matrices.mT) if is_wide else torch.bmm(matrices.mT, matrices)
 
-    An iteration multiplies X by a polynomial P of X X^T, which then is P X X^T P: wide matrices need not be touched
+
+def _iterated_product(gram: Tensor) -> Tensor:
+    """What all iterations together multiply matrices X by, from the smaller of X X^T and X^T X alone.
+
+    An iteration multiplies X by a polynomial P of X X^T, which then is P X X^T P: X itself need not be touched
     (Gram Newton-Schulz, https://tridao.me/blog/2026/gram-newton-schulz). Half precision would not hold it.
     """
     first = COEFFICIENTS[0]
@@ -107,20 +120,16 @@ def _iterated_product(gram: Tensor) -> Tensor:
 
 
 def _higher_terms(gram: Tensor) -> Tensor:
-    """The polynomial of X X^T but for its constant term, the first coefficient."""
+    """The polynomial of a Gram matrix but for its constant term, the first coefficient."""
     _, cubic, quintic = COEFFICIENTS
     return torch.baddbmm(gram, gram, gram, beta=cubic, alpha=quintic)
 
 
-def _wide(matrix: Tensor) -> Tensor:
-    return matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-
-
 def _alike(matrices: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Matrices that can be stacked once they are wide, at most `BATCH` elements or one matrix at a time."""
+    """Matrices that can be stacked, at most `BATCH` elements or one matrix at a time."""
     kinds: dict[Any, list[Tensor]] = {}
     for matrix in matrices:
-        kinds.setdefault((_wide(matrix).shape, matrix.dtype, matrix.device), []).append(matrix)
+        kinds.setdefault((matrix.shape, matrix.dtype, matrix.device), []).append(matrix)
     for some in kinds.values():
         size = max(1, BATCH // some[0].numel())
         for first in range(0, len(some), size):

@@ -25,7 +25,7 @@ def _stepped(optimizer_class: type[torch.optim.Optimizer], steps: int = 4) -> li
     return [parameter.detach() for parameter in parameters]
 
 
-@pytest.mark.parametrize("shape", [(5, 5), (5, 7), (5, 9), (1, 4), (8, 64)])
+@pytest.mark.parametrize("shape", [(5, 5), (5, 7), (7, 5), (5, 9), (9, 5), (1, 4), (8, 64), (64, 8)])
 def test_applies_its_polynomial_to_the_singular_values(shape: tuple[int, int]) -> None:
     matrices = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     left, values, right = torch.linalg.svd(matrices, full_matrices=False)
