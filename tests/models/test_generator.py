@@ -102,7 +102,7 @@ def test_distillation_hands_the_mask_unit_on() -> None:
     assert SoftDiMO(teacher=given.model).student.mask_unit == "site"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert SoftDiMO(teacher=given.model, student=given).student.mask_unit == "token"
+        assert SoftDiMO(teacher=bits(0.6, "token").model, student=given).student.mask_unit == "token"
     ignored = "model.mask_unit: token is ignored, since the student that was given has site"
     with pytest.warns(UserWarning, match=ignored):
         SoftDiMO(teacher=given.model, student=bits(0.6, "site"), mask_unit="token")
