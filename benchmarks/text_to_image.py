@@ -15,7 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,9 +98,9 @@ def benchmark(
     with elapsed(runs.root / "elapsed.json"):
         with ThreadPoolExecutor(processes) as pool:
             teacher = pool.submit(train_teacher, runs)
-            for run in (teacher, *train_clips(pool, runs.root, CONFIGS / "clip.yaml")):
-                run.result()
-            run_seeds(pool, runs, seeds, only, n)
+            clips = train_clips(pool, runs.root, CONFIGS / "clip.yaml")
+            teacher.result()
+            run_seeds(pool, clips, runs, seeds, only, n)
         bounds = _bounds(runs, n)
     content = {
         "command": f"python benchmarks/text_to_image.py --seeds '{seeds}' --n {n} --only '{json.dumps(only)}'",
@@ -128,24 +128,33 @@ def train_teacher(runs: Runs) -> None:
     train(runs.shared("teacher"), CONFIGS / "2_teacher.yaml", "--seed=0", tokenizer)
 
 
-def run_seeds(pool: Executor, runs: Runs, seeds: Sequence[int], only: Sequence[str], n: int) -> None:
-    """Train and score the seeds side by side, each as far as it can go."""
+def run_seeds(
+    pool: Executor, clips: Sequence[Future[None]], runs: Runs, seeds: Sequence[int], only: Sequence[str], n: int
+) -> None:
+    """Train and score the seeds side by side, each as far as it can go; the teacher's rows fill a gap."""
+    students = [name for name in only if not name.startswith("teacher")]
+    trained = [pool.submit(train_dimo, runs, seed) for seed in seeds] if students else []
+    for run in clips:
+        run.result()
+    names = [name for name in only if name not in students]
+    scored = [pool.submit(score_apart, runs, seed, "teacher_scores", names, n) for seed in seeds] if names else []
     with ThreadPoolExecutor(len(seeds)) as waiting:
-        list(waiting.map(lambda seed: _run_seed(pool, runs, seed, only, n), seeds))
+        list(waiting.map(lambda seed, dimo: _refine(pool, dimo, runs, seed, students, n), seeds, trained))
+    for run in scored:
+        run.result()
 
 
-def _run_seed(pool: Executor, runs: Runs, seed: int, only: Sequence[str], n: int) -> None:
-    """Hand the pool what is ready to run, and wait for it: Di[M]O, what goes on from there, and the scores."""
+def _refine(pool: Executor, dimo: Future[None], runs: Runs, seed: int, only: Sequence[str], n: int) -> None:
+    """Hand the pool what goes on from Di[M]O, and then the scores, and wait for them."""
     refinements: list[Callable[[Runs, int], None]] = [
         *([train_reward] if {"reward", "tteo"} & set(only) else []),
         *([train_longer] if CONTROL in only else []),
         *([train_reward_alone] if "reward_alone" in only else []),
     ]
-    if any(not name.startswith("teacher") for name in only):
-        pool.submit(train_dimo, runs, seed).result()
+    dimo.result()
     for run in [pool.submit(train_more, runs, seed) for train_more in refinements]:
         run.result()
-    pool.submit(score_apart, runs, seed, n=n, only=only).result()
+    pool.submit(score_apart, runs, seed, "scores", only, n).result()
 
 
 def train_dimo(runs: Runs, seed: int) -> None:
@@ -185,11 +194,11 @@ def _train_on(runs: Runs, seed: int, name: str, objectives: Sequence[Mapping[str
     train(runs.seed(seed, name), CONFIGS / "4_reward.yaml", f"--seed={seed}", _teacher(runs), student, given)
 
 
-def score_apart(runs: Runs, seed: int, *, n: int, only: Sequence[str]) -> None:
-    """Score one seed in a process of its own."""
-    if not all(runs.seed(seed, f"score_{name}.json").is_file() for name in only):
-        words = [sys.executable, __file__, "--worker", str(runs.root), str(seed), str(n), *only]
-        run_timed(runs.seed(seed, "scores"), words)
+def score_apart(runs: Runs, seed: int, folder: str, names: Sequence[str], n: int) -> None:
+    """Score some rows of one seed in a process of its own."""
+    if not all(runs.seed(seed, f"score_{name}.json").is_file() for name in names):
+        words = [sys.executable, __file__, "--worker", str(runs.root), str(seed), str(n), *names]
+        run_timed(runs.seed(seed, folder), words)
 
 
 def score_seed(runs: Runs, seed: int, n: int, only: Sequence[str]) -> None:
@@ -300,7 +309,7 @@ def _retrieval(folder: Path) -> dict[str, float]:
 
 def _minutes(runs: Runs, seeds: Sequence[int]) -> dict[str, float]:
     folders = {name: runs.shared(name) for name in ("tokenizer", "teacher", "clip", "judge")}
-    for name in ("dimo", "dimo_longer", "reward", "reward_alone", "scores"):
+    for name in ("dimo", "dimo_longer", "reward", "reward_alone", "teacher_scores", "scores"):
         folders.update({f"{name}_{seed}": runs.seed(seed, name) for seed in seeds})
     paths = {name: folder / "time.json" for name, folder in folders.items()}
     return {name: json.loads(path.read_text())["minutes"] for name, path in paths.items() if path.is_file()}

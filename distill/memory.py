@@ -8,7 +8,16 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from softgen.models.base import MaskedDiffusionModel
 from softgen.models.text import TextEncoder
+from softgen.relaxation import widen
 from softgen.tokenizers.base import ImageTokenizer
+
+
+def widen_weights(model: MaskedDiffusionModel) -> MaskedDiffusionModel:
+    """The model, its weights in float32 at least, in place: of narrower ones most small updates round to nothing."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():
+            tensor.data = widen(tensor.data)
+    return model
 
 
 def halve_around_codebook(tokenizer: ImageTokenizer) -> None:

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from distill.memory import halve_around_codebook, kept_casts, recompute
+from distill.memory import halve_around_codebook, kept_casts, recompute, widen_weights
 from distill.objectives.base import DistillState, Objective
 from distill.objectives.dimo import DiMO
 from distill.symptoms import warn_of_cut_weights, warn_of_lost_gradients
@@ -52,9 +52,9 @@ class SoftDiMO(Stage):
             temperature a student whose logits are far apart can be moved again; what it leaves is sampled at 1.
         sharpen: Divides the student's logits once, before training, for good; below 1 makes a blunt student sharp.
         freeze_embedding: Keep the student's token embedding as the teacher's.
-        frozen_dtype: Of the weights of the frozen teacher and tokenizer; float32 leaves them as they are, bfloat16
-            halves them and needs the precision bf16-mixed. Codebooks stay as they are, and so does the tokenizer that
-            is saved beside the student, of which a copy is kept in main memory.
+        frozen_dtype: Of the weights of the frozen teacher and tokenizer; bfloat16 halves them and needs the precision
+            bf16-mixed. Codebooks stay as they are, and so does the tokenizer that is saved beside the student, of which
+            a copy is kept in main memory. Whatever teacher and student were saved in, what is trained is in float32.
         compile_blocks: Compile the blocks of student, teacher and auxiliary model with `torch.compile`.
         checkpoint_activations: Recompute the blocks of student, teacher and auxiliary model in the backward pass
             instead of keeping their activations, and the narrower copies of weights that autocast makes: less memory,
@@ -86,10 +86,12 @@ class SoftDiMO(Stage):
         for name, value in (("temperature", temperature), ("sharpen", sharpen)):
             if not 0 < value < math.inf:
                 raise ValueError(f"model.{name}: expected a finite number above 0, got {value}")
+        if frozen_dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"model.frozen_dtype: expected float32 or bfloat16, got {frozen_dtype!r}")
         self.temperature = temperature
         opened = load_model(teacher, key="model.teacher") if isinstance(teacher, str) else teacher
         opened.check(key="model.teacher")
-        self.hold_frozen("teacher", opened)
+        self.hold_frozen("teacher", widen_weights(opened))
         decoder = _open_tokenizer(tokenizer, teacher)
         if decoder is not None:
             check_compatible(opened, decoder, key="model.tokenizer")
@@ -157,16 +159,23 @@ class SoftDiMO(Stage):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Also what the warning about the gap compares with, and the scale of the logits, which no weight holds."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint["soft_dimo"] = {"smallest_gap": self._smallest_gap, "logit_scale": self.student.logit_scale}
+        checkpoint["soft_dimo"] = {
+            "smallest_gap": self._smallest_gap,
+            "logit_scale": self.student.logit_scale,
+            "frozen_dtype": self.frozen_dtype,
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse to resume at another scale of the logits.
+        """Refuse to resume at another scale of the logits, or with frozen weights of another type.
 
         Raises:
-            ValueError: Naming the scale.
+            ValueError: Naming what differs.
         """
-        super().on_load_checkpoint(checkpoint)
         kept = checkpoint.get("soft_dimo", {})
+        dtype = kept.get("frozen_dtype", self.frozen_dtype)
+        if dtype != self.frozen_dtype:  # it would look like another teacher
+            raise ValueError(f"model.frozen_dtype: expected {dtype} as the checkpoint's run, got {self.frozen_dtype}")
+        super().on_load_checkpoint(checkpoint)
         expected, got = kept.get("logit_scale", self.student.logit_scale), self.student.logit_scale
         if expected != got:
             raise ValueError(f"model.sharpen: expected a student whose logits are scaled by {expected}, got {got}")
@@ -308,7 +317,7 @@ class SoftDiMO(Stage):
         return groups
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """How sharp the student is, and how far its soft decoding is from its samples."""
+        """How sharp the student is, and how far apart soft and sampled decoding, at the temperatures of training."""
         noise, asked = self.noise(batch, "validation"), self.asked_of(batch, self.teacher)
         logits = self.student.logits(self.student.init(noise), self._encode(asked))
         table = self.tokenizer.codebook if self.tokenizer is not None else None
@@ -321,13 +330,23 @@ class SoftDiMO(Stage):
         }
         if self.tokenizer is not None:
             tokenizer = self.tokenizer.under(asked)
-            values["relaxation_gap"] = decoding_gap(
-                probabilities(logits),
-                sample_categorical(logits, noise),
-                decode_soft=lambda probs: tokenizer.decode_embeddings(tokenizer.embed_soft(probs)),
-                decode_hard=tokenizer.decode,
-            )
+            tokens = sample_categorical(logits, noise, temperature=self.temperature)
+            gaps = [
+                decoding_gap(
+                    probabilities(logits, temperature=temperature),
+                    tokens,
+                    decode_soft=lambda probs: tokenizer.decode_embeddings(tokenizer.embed_soft(probs)),
+                    decode_hard=tokenizer.decode,
+                )
+                for temperature in self._relaxation_temperatures()
+            ]
+            values["relaxation_gap"] = torch.stack(gaps).amax()
         self.report_validation(batch, values)
+
+    def _relaxation_temperatures(self) -> set[float]:
+        """Those of the objectives that use soft embeddings; 1 where none does."""
+        relaxations = [objective.relaxation for objective in self._objectives() if objective.relaxation is not None]
+        return {relaxation.temperature_at(self._student_step) for relaxation in relaxations} or {1.0}
 
     def on_validation_epoch_end(self) -> None:
         """Warn of automatic weights that are cut, of lost gradients, and of a soft decoding far from the samples."""
@@ -389,6 +408,7 @@ def _open_student(
     if set(opened.parameters()) & set(teacher.parameters()):
         raise ValueError("model.student: expected weights of its own, got those of the teacher, which would be trained")
     check_same_sites(opened.model, teacher, key="model.student")
+    widen_weights(opened.model)
     settings: tuple[tuple[str, object, object, object], ...] = (
         ("r_init", r_init, _R_INIT, opened.r_init),
         ("noise", noise, _NOISE, opened.noise),

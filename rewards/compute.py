@@ -73,7 +73,26 @@ def settle(module: nn.Module, compute: Compute) -> None:
             )
         recompute_activations(layers)
     if compute.device is not None:
-        module.to(compute.device)
+        module.to(present_device(compute.device, key="compute.device"))
+
+
+def present_device(name: str, *, key: str) -> torch.device:
+    """The device of that name.
+
+    Args:
+        name: As torch calls it.
+        key: What the name was given as.
+
+    Raises:
+        ValueError: If torch does not know it, or it is not there.
+    """
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, NotImplementedError, AssertionError) as error:
+        got = f"{name!r} ({one_line(error, limit=60)})"
+        raise ValueError(f"{key}: expected a device of torch that is present, got {got}") from error
+    return device
 
 
 def score_in_parts(

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
@@ -18,7 +19,8 @@ def score_with_gradient(images: Tensor, evaluate: Evaluate) -> Tensor:
         images: (B, 3, H, W).
         evaluate: Computes both; its images are detached.
     """
-    scores: Tensor = _Known.apply(images, evaluate)
+    # Within the function, only the images tell whether a gradient is wanted, and not the mode of the caller.
+    scores: Tensor = _Known.apply(images if torch.is_grad_enabled() else images.detach(), evaluate)
     return scores
 
 

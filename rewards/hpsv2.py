@@ -15,7 +15,7 @@ class HPSv2Reward(CLIPReward):
 
     Published tables show it times 100. The checkpoints are `HPS_v2_compressed.pt` and `HPS_v2.1_compressed.pt` of
     `xswu/HPSv2` (Apache-2.0 licence), 986 M parameters, 3.9 GB in float32. The longer side of an image is resized, the
-    shorter one padded with black, as the official package does.
+    shorter one padded with black, as the official package does; on tensors, so that what overshoots is not clipped.
 
     Args:
         checkpoint: The file, or a folder with one such file, or a hub id that holds version 2.1.
@@ -41,5 +41,5 @@ class HPSv2Reward(CLIPReward):
         if not Path(checkpoint).exists():
             checkpoint = find_file(checkpoint, key="checkpoint", names=("HPS_v2.1_compressed.pt",))
         parts = load_clip(model_name, pretrained=checkpoint, quick_gelu=False)
-        parts = replace(parts, preprocessing=replace(parts.preprocessing, resize_mode="longest"))
+        parts = replace(parts, preprocessing=replace(parts.preprocessing, resize_mode="longest", clip=False))
         self._begin(parts, scale=1.0, class_names=class_names, compute=compute, name=name)

@@ -38,8 +38,8 @@ class HPSv3Reward(Reward):
         config: Settings of `Qwen2VLConfig`; by default those of `base`. The number of rows of the vocabulary is read
             from the checkpoint.
         pixels: Pixels that every image is brought to, about; 448 x 448 for a square one.
-        reward_token_id: Id of `<|Reward|>`, the token that the score is read at; by default the one after the
-            tokenizer's own.
+        reward_token_id: Id of `<|Reward|>`, the token that the score is read at; the default is the one
+            after Qwen2-VL's own tokens.
         pad_token_id: Id that shorter texts are padded with.
         class_names: Prompts that stand for class labels.
         backend: "official" has the package hpsv3 compute, in a process and an environment of its own (`python -m
@@ -150,15 +150,19 @@ class HPSv3Reward(Reward):
         """
         asked = ids == self.reward_token_id
         if not bool((asked.sum(dim=1) == 1).all()):
-            raise ValueError(f"reward {self.name}: expected one token {self.reward_token_id} a text, got another count")
+            raise ValueError(
+                f"reward {self.name}: expected one token {self.reward_token_id} (reward_token_id) a text, "
+                "got another count"
+            )
         weights = next(self.model.language_model.parameters())
         seen = self.model.visual(rows.to(weights.dtype), grid_thw=grids)
         embedded = self.model.language_model.embed_tokens(ids)
         image = (ids == self.model.config.image_token_id).unsqueeze(-1)
         pooled = seen if isinstance(seen, Tensor) else seen.pooler_output
         embedded = embedded.masked_scatter(image, pooled.to(embedded.dtype))
-        states = self.model.language_model(inputs_embeds=embedded, attention_mask=mask).last_hidden_state
-        out: Tensor = self.rm_head(states[asked])
+        # No cache of keys: layers that are run again in the backward pass would append to it.
+        out_states = self.model.language_model(inputs_embeds=embedded, attention_mask=mask, use_cache=False)
+        out: Tensor = self.rm_head(out_states.last_hidden_state[asked])
         return out
 
 

@@ -15,6 +15,7 @@ from rewards.backend import Backend, is_official, open_official
 from rewards.base import Reward
 from rewards.checkpoints import find_file, load_checked, part_of, read_checkpoint
 from rewards.compute import Compute
+from rewards.errors import one_line
 from rewards.heads import LinearStack
 from rewards.preprocessing import OPENAI_MEAN, OPENAI_STD, Preprocessing
 from rewards.transformers_clip import LazyTokenizer, import_transformers, truncated
@@ -105,7 +106,7 @@ class ImageRewardReward(Reward):
             if not key.startswith(_UNUSED)
         }
         beside = find_file(checkpoint, key="checkpoint", names=_FILES).parent / "med_config.json"
-        settings = med_config or (json.loads(beside.read_text()) if beside.is_file() else {})
+        settings = med_config or (_read_settings(beside) if beside.is_file() else {})
         vision = {_renamed(key): value for key, value in part_of(state, "blip.visual_encoder.").items()}
         if "embeddings.patch_embedding.weight" not in vision:
             raise ValueError("checkpoint: expected one of ImageReward with 'blip.visual_encoder.*', got none")
@@ -160,6 +161,16 @@ class ImageRewardReward(Reward):
         states = self.text_states(self.image_states(pixels), ids, mask)
         raw: Tensor = self.mlp(states[:, 0])
         return (raw[:, 0] - _MEAN) / _STD
+
+
+def _read_settings(path: Path) -> Mapping[str, Any]:
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"checkpoint: expected JSON in {path}, got an error ({one_line(error)})") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"checkpoint: expected a mapping in {path}, got a {type(settings).__name__}")
+    return settings
 
 
 def _renamed(name: str) -> str:

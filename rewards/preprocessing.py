@@ -29,6 +29,7 @@ class Preprocessing:
         resize_mode: "shortest" scales the shorter edge to the size and cuts out the centre; "squash" scales both edges
             and keeps no aspect ratio; "longest" scales the longer edge to the size and pads the shorter one with black.
         crop: Where the centre of an odd margin lies: "round" as torchvision has it, "floor" as transformers.
+        clip: Whether that is done; not by a pipeline that resizes tensors.
     """
 
     size: tuple[int, int]
@@ -37,6 +38,7 @@ class Preprocessing:
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     resize_mode: Literal["shortest", "squash", "longest"] = "shortest"
     crop: Literal["round", "floor"] = "round"
+    clip: bool = True
 
     def __call__(self, images: Tensor) -> Tensor:
         """Map images (B, 3, H, W) in [0, 1] to (B, 3, *size), normalised, in float32 or better."""
@@ -44,9 +46,10 @@ class Preprocessing:
 
         images = images.to(torch.promote_types(images.dtype, torch.float32))
         height, width = self._resized(images.shape[-2], images.shape[-1])
-        for size in ([images.shape[-2], width], [height, width]):
+        for size in ([images.shape[-2], width], [height, width]) if self.clip else ([height, width],):
             images = functional.resize(images, size, InterpolationMode(self.interpolation), antialias=True)
-            images = images.clamp(-_HALF_LEVEL, 1 + _HALF_LEVEL)
+            if self.clip:
+                images = images.clamp(-_HALF_LEVEL, 1 + _HALF_LEVEL)
         if self.resize_mode == "longest":
             spare_height, spare_width = self.size[0] - height, self.size[1] - width
             top, left = spare_height // 2, spare_width // 2

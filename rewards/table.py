@@ -50,10 +50,9 @@ def print_scores(
         prepare(name, **options)
     import torch
 
-    try:
-        target = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"--device: expected a device of torch, got {device!r}") from error
+    from rewards.compute import present_device
+
+    target = present_device(device, key="--device")
     pixels = [read_image(path).to(target) for path in images]
     columns: dict[str, list[str]] = {}
     for name, options in rewards:

@@ -46,7 +46,7 @@ from softgen.sample import (
     choose_device,
     flow_method,
 )
-from softgen.sampling import AutoregressiveSampler, HaltonSampler, MaskGITSampler, Sampler, reveal_counts
+from softgen.sampling import AutoregressiveSampler, HaltonSampler, MaskGITSampler
 from softgen.tokenizers.base import ImageTokenizer
 from softgen.tokenizers.continuous import ContinuousTokenizer
 
@@ -306,12 +306,12 @@ def _sources(
     assert isinstance(opened, MaskedDiffusionModel)
     sources = {}
     for count in steps:
-        reveal_counts("arccos", num_sites=opened.num_sites, steps=count)
-        chosen: Sampler = HaltonSampler(steps=count, guidance=guidance, temperature=temperature)
+        chosen: MaskGITSampler | HaltonSampler = HaltonSampler(steps=count, guidance=guidance, temperature=temperature)
         if sampler == "maskgit":
             chosen = MaskGITSampler(
                 steps=count, guidance=guidance, confidence_noise=confidence_noise, temperature=temperature
             )
+        chosen.plan(opened)  # refused before any work
         sources[f"{sampler}_{count}"] = teacher_tokens(opened, chosen)
     return sources
 

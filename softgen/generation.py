@@ -73,7 +73,12 @@ def generate(
         batch_size: Images a pass.
         first: Number of the first image, for those that are made in several calls.
         progress: Text of a progress bar; None shows none.
+
+    Raises:
+        ValueError: One text is given instead of a list of them.
     """
+    if isinstance(asked, str):
+        raise ValueError(f"asked: expected a list of prompts, got the text {asked!r}")
     device = tokenizer.codebook.device if isinstance(tokenizer, ImageTokenizer) else next(tokenizer.parameters()).device
     images, seconds = [], 0.0
     for ordinals in tqdm(list(_slices(len(asked), batch_size)), desc=progress, disable=progress is None):

@@ -5,6 +5,7 @@ from pathlib import Path
 from softgen.models.base import ImageCodeModel, MaskedDiffusionModel
 from softgen.models.generator import OneStepGenerator
 from softgen.models.sit import SiT
+from softgen.models.text import read_alike
 from softgen.pretrained import CONFIG_NAME, resolve_folder
 from softgen.tokenizers.base import ImageTokenizer
 from softgen.tokenizers.continuous import ContinuousTokenizer
@@ -75,14 +76,16 @@ def check_compatible(model: ImageCodeModel, tokenizer: ImageTokenizer, *, key: s
 
 
 def check_same_sites(model: MaskedDiffusionModel, teacher: MaskedDiffusionModel, *, key: str) -> None:
-    """Refuse a model that cannot stand beside the teacher: other sites, codes or classes.
+    """Refuse a model that cannot stand beside the teacher: other sites, codes or classes, or another text encoder.
 
     Raises:
-        ValueError: Naming the number that differs.
+        ValueError: Naming what differs.
     """
     for name in ("num_codes", "num_sites", "mask_id", "num_classes"):
         expected, got = getattr(teacher, name), getattr(model, name)
         if expected != got:
             raise ValueError(f"{key}.{name}: expected {expected} as the teacher has, got {got}")
-    if (model.text_encoder is None) != (teacher.text_encoder is None) or model.condition_dim != teacher.condition_dim:
+    encoders = [one.text_encoder for one in (model, teacher) if one.text_encoder is not None]
+    alike = not encoders or (len(encoders) == 2 and read_alike(*encoders))
+    if not alike or model.condition_dim != teacher.condition_dim:
         raise ValueError(f"{key}.text_encoder: expected one as the teacher has, got another or none")

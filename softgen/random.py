@@ -51,7 +51,7 @@ class SampleRandom:
         return (self.uniform(*shape) * high).long().clamp_(max=high - 1)
 
     def _draw(self, fill_: Callable[..., Tensor], shape: tuple[int, ...]) -> Tensor:
-        out = torch.empty(len(self), *shape, device=self.device)
+        out = torch.empty(len(self), *shape, dtype=torch.float32, device=self.device)
         for row, generator in zip(out.unbind(0), self._generators, strict=True):
             fill_(row, generator=generator)
         return out

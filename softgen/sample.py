@@ -34,7 +34,7 @@ from softgen.models.generator import OneStepGenerator
 from softgen.models.sit import SiT
 from softgen.pretrained import Pretrained
 from softgen.samplers import published_sampler
-from softgen.sampling import AutoregressiveSampler, HaltonSampler, MaskGITSampler, Sampler, reveal_counts
+from softgen.sampling import AutoregressiveSampler, HaltonSampler, MaskGITSampler, Sampler
 
 PROGRAM = "softgen.sample"
 
@@ -125,17 +125,18 @@ def sample(
         tokens_of = autoregressive_tokens(backbone, AutoregressiveSampler(temperature=temperature, guidance=guidance))
     else:
         assert isinstance(backbone, MaskedDiffusionModel)
-        check_guidance(backbone, guidance)
         if sampler == "published":
+            check_guidance(backbone, guidance)
             chosen: Sampler = published_sampler(backbone)
         else:
-            reveal_counts(schedule, num_sites=backbone.num_sites, steps=steps)
             common: dict[str, Any] = {"steps": steps, "schedule": schedule, "guidance": guidance}
-            chosen = (
+            masked = (
                 MaskGITSampler(**common, temperature=temperature, confidence_noise=confidence_noise)
                 if sampler in (None, "maskgit")
                 else HaltonSampler(**common, temperature=temperature)
             )
+            masked.plan(backbone)  # refused before any work
+            chosen = masked
         tokens_of = teacher_tokens(backbone, chosen)
     wanted = wanted_conditions(backbone, n=n, labels=labels, prompts=prompts_of(prompts, prompt_file))
     check_writable(Path(out))

@@ -27,14 +27,14 @@ class Sampler(Protocol):
         ...
 
 
-def reveal_counts(schedule: Schedule, *, num_sites: int, steps: int) -> list[int]:
-    """How many sites each step reveals; sums to `num_sites`, at least 1 each.
+def reveal_counts(schedule: Schedule, *, num_sites: int, steps: int, unit: str = "sites") -> list[int]:
+    """How many sites, or other units, each step reveals; sums to `num_sites`, at least 1 each.
 
     Raises:
         ValueError: If there are more steps than sites, or fewer than one.
     """
     if not 1 <= steps <= num_sites:
-        raise ValueError(f"steps: expected 1 to {num_sites} (the number of sites), got {steps}")
+        raise ValueError(f"steps: expected 1 to {num_sites} (the number of {unit}), got {steps}")
     progress = torch.arange(1, steps + 1, dtype=torch.float64) / steps
     left = (masked_fraction(schedule, progress) * num_sites).round().long().tolist()
     counts, masked = [], num_sites
@@ -72,12 +72,21 @@ class MaskGITSampler:
         if self.guidance_schedule not in ("constant", "linear"):
             raise ValueError(f"guidance_schedule: expected constant or linear, got {self.guidance_schedule!r}")
 
+    def plan(self, model: MaskedDiffusionModel) -> list[int]:
+        """How many sites each step reveals.
+
+        Raises:
+            ValueError: The model cannot be guided, or has fewer sites than there are steps.
+        """
+        check_guidance(model, self.guidance)
+        return reveal_counts(self.schedule, num_sites=model.num_sites, steps=self.steps)
+
     @torch.no_grad()
     def __call__(self, model: MaskedDiffusionModel, condition: Condition, noise: UniformSource) -> Tensor:
         """Sample tokens (B, N) for the B conditions. Noise a step: the codes' draws, then N for the ranking."""
-        check_guidance(model, self.guidance)
+        counts = self.plan(model)
         tokens = _all_masked(model, condition)
-        for step, count in enumerate(reveal_counts(self.schedule, num_sites=model.num_sites, steps=self.steps)):
+        for step, count in enumerate(counts):
             masked = tokens == model.mask_id
             logits = guided_logits(model, model.embed(tokens), condition, scale=self._scale(step))
             drawn = sample_categorical(logits, noise, temperature=self.temperature, draw=self.draw)
@@ -113,21 +122,29 @@ class HaltonSampler:
     guidance: float = 1.0
     draw: Draw = "inverse_cdf"
 
+    def plan(self, model: MaskedDiffusionModel) -> list[int]:
+        """How many positions each step reveals.
+
+        Raises:
+            ValueError: The model cannot be guided, has fewer positions than there are steps, or no square grid of them.
+        """
+        check_guidance(model, self.guidance)
+        if math.isqrt(model.num_tokens) ** 2 != model.num_tokens:
+            raise ValueError(f"HaltonSampler: expected a square grid of tokens, got {model.num_tokens} tokens")
+        return reveal_counts(self.schedule, num_sites=model.num_tokens, steps=self.steps, unit="tokens")
+
     @torch.no_grad()
     def __call__(self, model: MaskedDiffusionModel, condition: Condition, noise: UniformSource) -> Tensor:
         """Sample tokens (B, N) for the B conditions. All sites of a position are revealed together.
 
         Noise a step: the draws of the codes that it reveals.
         """
-        check_guidance(model, self.guidance)
-        side = math.isqrt(model.num_tokens)
-        if side * side != model.num_tokens:
-            raise ValueError(f"HaltonSampler: expected a square grid of tokens, got {model.num_tokens} tokens")
+        counts, side = self.plan(model), math.isqrt(model.num_tokens)
         tokens = _all_masked(model, condition)
         sites = torch.arange(model.num_sites, device=tokens.device).view(model.num_tokens, -1)
         order = halton_order(side, side).to(tokens.device)
         first = 0
-        for count in reveal_counts(self.schedule, num_sites=model.num_tokens, steps=self.steps):
+        for count in counts:
             chosen = sites[order[first : first + count]].flatten()
             logits = guided_logits(model, model.embed(tokens), condition, scale=self.guidance)[:, chosen]
             tokens[:, chosen] = sample_categorical(logits, noise, temperature=self.temperature, draw=self.draw)

@@ -27,6 +27,17 @@ def test_streams_differ_between_samples_seeds_and_calls() -> None:
     assert not torch.equal(noise.uniform(3), noise.uniform(3))
 
 
+def test_draws_are_float32_whatever_the_default_is() -> None:
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        noise = SampleRandom(0, range(2), device=CPU)
+        draws, codes = noise.uniform(4096), noise.integers(16384, 4096)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert draws.dtype == torch.float32
+    assert len(codes.unique()) > 4096
+
+
 def test_shapes_ranges_and_moments() -> None:
     noise = SampleRandom(0, range(50), device=CPU)
     assert noise.uniform().shape == (50,)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from softgen.categorical import StoredNoise
 from softgen.masking import Schedule
-from softgen.models import ClassCondition
+from softgen.models import ClassCondition, MaskBit
 from softgen.random import SampleRandom
 from softgen.sampling import HaltonSampler, MaskGITSampler, halton_order, reveal_counts
 from softgen.testing import ToyMaskedModel, count_calls
@@ -206,3 +206,11 @@ def test_halton_needs_a_square_grid() -> None:
     message = r"^HaltonSampler: expected a square grid of tokens, got 3 tokens$"
     with pytest.raises(ValueError, match=message):
         HaltonSampler(steps=2)(model, labels(1), SampleRandom(0, [0], device=CPU))
+
+
+def test_halton_counts_tokens_where_one_has_several_sites() -> None:
+    model = MaskBit(img_size=64, bits=4, nclass=3, hidden_dim=8, depth=1, heads=2, mlp_dim=8)
+    assert sum(HaltonSampler(steps=16).plan(model)) == 16
+    assert sum(MaskGITSampler(steps=17).plan(model)) == 32
+    with pytest.raises(ValueError, match=r"^steps: expected 1 to 16 \(the number of tokens\), got 17$"):
+        HaltonSampler(steps=17).plan(model)

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Literal, Protocol, get_args
 
 import torch
@@ -20,7 +21,7 @@ from softgen.loading import check_compatible
 from softgen.models.conditions import Condition
 from softgen.models.generator import OneStepGenerator
 from softgen.random import SampleRandom, derive_seed
-from softgen.relaxation import probabilities
+from softgen.relaxation import probabilities, widen
 from softgen.tokenizers.base import ImageTokenizer
 from tteo.result import TTEOResult, concatenate
 
@@ -124,9 +125,11 @@ def optimize(
             wrong shape or NaN.
     """
     settings.check()
+    if isinstance(conditions, str):
+        raise ValueError(f"conditions: expected a list of prompts, got the text {conditions!r}")
     if len(conditions) == 0:
         raise ValueError("conditions: expected at least one label or prompt, got none")
-    if not isinstance(conditions, Tensor) and all(isinstance(condition, int) for condition in conditions):
+    if not isinstance(conditions, Tensor) and all(isinstance(condition, Integral) for condition in conditions):
         conditions = torch.tensor(conditions)
     check_compatible(generator.model, tokenizer)
     size = settings.batch_size or len(conditions)
@@ -187,13 +190,14 @@ class _Search:
 
     def run(self) -> TTEOResult:
         settings = self.settings
-        embeddings = self.start.clone().requires_grad_()
+        # In float32 at least, whatever the weights are in: small steps would round to nothing.
+        embeddings = widen(self.start).clone().requires_grad_()
         optimizer = self._optimizer(embeddings)
         soft_history, hard_history, kept, kept_steps = [], [], [], []
         start: _Best | None = None
         best: _Best | None = None
         for step in range(settings.steps + 1):
-            logits = self.generator.logits(embeddings, self.condition)
+            logits = self.generator.logits(embeddings.to(self.start.dtype), self.condition)
             hard = self._judge_hard(logits.detach(), embeddings.detach(), step)
             start = start or hard
             best = hard if best is None else best.better_of(hard)
@@ -329,7 +333,7 @@ def _frozen(*modules: object) -> Iterator[None]:
     seen = [module for module in modules if isinstance(module, nn.Module)]
     parameters = [parameter for module in seen for parameter in module.parameters()]
     asked = [parameter.requires_grad for parameter in parameters]
-    training = [module.training for module in seen]
+    training = [(part, part.training) for module in seen for part in module.modules()]
     try:
         for parameter in parameters:
             parameter.requires_grad = False
@@ -339,5 +343,5 @@ def _frozen(*modules: object) -> Iterator[None]:
     finally:
         for parameter, wanted in zip(parameters, asked, strict=True):
             parameter.requires_grad = wanted
-        for module, mode in zip(seen, training, strict=True):
-            module.train(mode)
+        for part, mode in training:
+            part.training = mode

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from distill.divergence import generalised_jeffreys
+from distill.memory import widen_weights
 from distill.objectives.base import DistillState, Objective, ObjectiveLosses, with_value_and_gradient
 from softgen.distributed import masked_mean, mean_over_ranks
 from softgen.guidance import check_guidance, guided_logits
@@ -112,7 +113,7 @@ class DiMO(Objective):
         if self.auxiliary_source is None:
             self.auxiliary = copy.deepcopy(teacher)
         else:
-            self.auxiliary = load_model(self.auxiliary_source, key="DiMO.auxiliary")
+            self.auxiliary = widen_weights(load_model(self.auxiliary_source, key="DiMO.auxiliary"))
             check_same_sites(self.auxiliary, teacher, key="DiMO.auxiliary")
         self.auxiliary.requires_grad_().train()
         freeze_text_encoder(self.auxiliary)

@@ -3,6 +3,7 @@
 Shape legend: B batch, T text tokens, c width of a state, p width of the pooled vector.
 """
 
+import json
 import re
 import warnings
 from abc import ABC, abstractmethod
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from softgen.models.base import ImageCodeModel
 from softgen.models.conditions import TextCondition
 from softgen.pretrained import Pretrained
+from softgen.relaxation import widen
 
 _WORD = re.compile(r"[^\W_]+")
 _PADDING, _UNKNOWN, _FIRST_WORD = 0, 1, 2
@@ -77,6 +79,24 @@ class TextEncoder(Pretrained, ABC):
         if count and kind not in self._warned:
             self._warned.add(kind)
             warnings.warn(f"text encoder: {count} {what}", stacklevel=3)
+
+
+def read_alike(encoder: TextEncoder, other: TextEncoder) -> bool:
+    """Whether two encoders give the same conditions, as far as settings and weights tell, up to half precision.
+
+    Where a published one came from does not count.
+    """
+    settings = [{**one.config, "source": None} for one in (encoder, other)]
+    states, others = encoder.state_dict(), other.state_dict()
+    return (
+        type(encoder) is type(other)
+        and json.dumps(settings[0], sort_keys=True) == json.dumps(settings[1], sort_keys=True)
+        and states.keys() == others.keys()
+        and all(
+            torch.allclose(widen(value), widen(others[name]).to(value.device), rtol=1e-2, atol=1e-4)
+            for name, value in states.items()
+        )
+    )
 
 
 class WordTextEncoder(TextEncoder):

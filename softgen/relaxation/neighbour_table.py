@@ -127,7 +127,8 @@ class NeighbourTable:
             hidden: Hidden states before the head, shape (N, d); N may be 0.
             weight: The head, shape (K, d).
             tokens: The codes r, shape (N,) int64 in [0, K).
-            bias: Of the head, shape (K,). -inf forbids a code: it has no part in p nor in q.
+            bias: Of the head, shape (K,). -inf forbids a code: it has no part in p nor in q; where it forbids all that
+                the table keeps of a token, r itself among them, the result is NaN.
             token_weights: As in `neighbour_cross_entropy`.
             reduction: As in `neighbour_cross_entropy`.
             subtract_entropy: As in `neighbour_cross_entropy`.

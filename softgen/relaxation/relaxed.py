@@ -24,7 +24,7 @@ class Relaxation:
         temperature: Divides the logits, above 0; of `annealed` the temperature at the first step.
         final_temperature: Of `annealed` at its last step, above 0.
         anneal_steps: Steps that the fall takes, at least 1.
-        top_k: Codes that `soft_topk` keeps, at least 1.
+        top_k: Codes that `soft_topk` keeps, at least 2: the share of a single one is always 1, and has no gradient.
     """
 
     kind: str = "soft"
@@ -47,9 +47,9 @@ class Relaxation:
         for name in ("temperature", "final_temperature"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{key}.{name}: expected a number above 0, got {getattr(self, name)}")
-        for name in ("anneal_steps", "top_k"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{key}.{name}: expected at least 1, got {getattr(self, name)}")
+        for name, least in (("anneal_steps", 1), ("top_k", 2)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{key}.{name}: expected at least {least}, got {getattr(self, name)}")
 
     @property
     def needs_noise(self) -> bool:

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from softgen.distributed import broadcast_from_rank_zero, sum_over_ranks
-from softgen.relaxation import full_precision, perplexity
+from softgen.relaxation import full_precision, perplexity, widen
+from softgen.tokenizers.parts import by_rows
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ class EMACodebook(nn.Module):
     def nearest(self, latents: Tensor) -> Tensor:
         """Index of the nearest code of each unit latent (..., D); the first of equals."""
         with full_precision(latents):
-            return (latents @ self.codes.T).argmax(dim=-1)
+            codes = widen(self.codes)
+            return by_rows(lambda z: (z @ codes.T).argmax(dim=-1), widen(latents), num_codes=len(codes))
 
     @torch.no_grad()
     def normalise(self) -> None:

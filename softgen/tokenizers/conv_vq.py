@@ -124,7 +124,8 @@ class ConvVQTokenizer(ImageTokenizer):
     def latents(self, images: Tensor) -> Tensor:
         """Unit latents (B, N, D), row-major over the grid."""
         self.check_images(images)
-        encoded = self.encoder(2 * images - 1).flatten(2).transpose(1, 2)
+        pixels = (2 * images - 1).contiguous(memory_format=torch.channels_last)  # convolutions are faster so
+        encoded = self.encoder(pixels).flatten(2).transpose(1, 2)
         return F.normalize(widen(encoded), dim=-1)
 
     def quantize(self, latents: Tensor) -> Tensor:
@@ -138,8 +139,8 @@ class ConvVQTokenizer(ImageTokenizer):
     def decode_raw(self, embeddings: Tensor) -> Tensor:
         """Decoder output before clamping to [0, 1], for training."""
         batch, _, dim = embeddings.shape
-        grid = embeddings.transpose(1, 2).reshape(batch, dim, self.grid, self.grid)
-        decoded: Tensor = self.decoder(grid)
+        grid = embeddings.reshape(batch, self.grid, self.grid, dim).permute(0, 3, 1, 2)
+        decoded: Tensor = self.decoder(grid.contiguous(memory_format=torch.channels_last))
         return decoded
 
     def decode_embeddings(self, embeddings: Tensor) -> Tensor:

@@ -3,12 +3,13 @@
 Shape legend: B batch, V codes, D code dimension, h and w of a grid.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from softgen.relaxation import full_precision, widen
+from softgen.relaxation import DENSE_LIMIT, full_precision, widen
 
 NORM_GROUPS = 32
 
@@ -58,8 +59,21 @@ class CodeTable(nn.Module):
 def nearest_code(latents: Tensor, codebook: Tensor) -> Tensor:
     """Nearest rows of a codebook (V, D) to latents (..., D) by squared distance, the first of equals; (...) int64."""
     with full_precision(latents):
-        z, codes = widen(latents), widen(codebook)
-        return (codes.square().sum(dim=-1) - 2 * (z @ codes.T)).argmin(dim=-1)
+        codes = widen(codebook)
+        squares = codes.square().sum(dim=-1)
+        return by_rows(lambda z: (squares - 2 * (z @ codes.T)).argmin(dim=-1), widen(latents), num_codes=len(codes))
+
+
+def by_rows(nearest: Callable[[Tensor], Tensor], latents: Tensor, *, num_codes: int) -> Tensor:
+    """The codes (...) of latents (..., D), of so few at a time that no large (latents x codes) matrix is made.
+
+    Args:
+        nearest: Codes (n,) of latents (n, D).
+        latents: (..., D).
+        num_codes: V.
+    """
+    parts = torch.split(latents.flatten(0, -2), max(1, DENSE_LIMIT // num_codes))
+    return torch.cat([nearest(part) for part in parts]).reshape(latents.shape[:-1])
 
 
 def without_clash(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -343,7 +343,7 @@ class _SameForAll:
         self._like = like
 
     def uniform(self, *shape: int) -> Tensor:
-        draws = torch.rand(1, *shape, generator=self._generator).to(self._like.device)
+        draws = torch.rand(1, *shape, generator=self._generator, dtype=torch.float32).to(self._like.device)
         return draws.expand(len(self._like), *shape)
 
 

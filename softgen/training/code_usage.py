@@ -46,7 +46,7 @@ def code_usage(counts: Tensor) -> CodeUsage:
 
 def count_codes(codes: Tensor, *, num_codes: int) -> Tensor:
     """How often each code was taken, (C, K) float32, by codes (C, N) int64."""
-    counts = torch.zeros(len(codes), num_codes, device=codes.device)
+    counts = torch.zeros(len(codes), num_codes, dtype=torch.float32, device=codes.device)
     return counts.scatter_add_(1, codes, torch.ones_like(codes, dtype=torch.float32))
 
 
@@ -66,7 +66,8 @@ class CodeStage(Stage):
 
     def on_validation_epoch_start(self) -> None:
         """Start counting which codes the held-out images use."""
-        self._counts = None if self.code_shape is None else torch.zeros(self.code_shape, device=self.device)
+        shape = self.code_shape
+        self._counts = None if shape is None else torch.zeros(shape, dtype=torch.float32, device=self.device)
 
     def on_test_epoch_start(self) -> None:
         """As validation."""
@@ -94,7 +95,7 @@ class CodeStage(Stage):
         data = getattr(self.trainer, "datamodule", None)
         if self.code_shape is None or not isinstance(data, ImageDataModule):
             return
-        seen, counts = 0, torch.zeros(self.code_shape, device=self.device)
+        seen, counts = 0, torch.zeros(self.code_shape, dtype=torch.float32, device=self.device)
         with self.finished():
             for images in self.batches_of(data.val_source()):
                 counts += count_codes(self.codes_of(images), num_codes=counts.shape[1])

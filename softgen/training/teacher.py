@@ -31,6 +31,7 @@ from softgen.training.targets import CodeTarget, HardTarget, NeighbourTarget, Ta
 
 _HEAD_SCALE = 4.0  # over d: logits of a fresh model then have a standard deviation of 4 / sqrt(d)
 _TAU_IMAGES, _TAU_LATENTS = 256, 4096  # that the automatic 2 tau^2 is measured on
+_TAU_BATCH = 8
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ class TeacherTraining(Stage):
             start_from_codebook(rows, opened.codebook, scale=scale, generator=generator)
         self.target = target
         self.label_smoothing = label_smoothing if target == "label_smoothing" else 0.0
-        self.two_tau_squared = two_tau_squared
+        self.two_tau_squared = two_tau_squared if two_tau_squared == "auto" else float(two_tau_squared)
         self.snce_distance: Distance = snce_distance or opened.distance
         self.neighbour_table = self._open_table(neighbour_table)
         self.weighting = weighting
@@ -131,6 +132,7 @@ class TeacherTraining(Stage):
         self.token_noise = token_noise
         self.label_dropout = label_dropout if model.has_null_condition else 0.0
         self._said_fused = False
+        self._settled = False
         self.preview_steps = min(preview_steps, model.num_sites)
 
     @property
@@ -251,8 +253,6 @@ class TeacherTraining(Stage):
         """Settle 2 tau^2 on the first latents where it is `auto`, and report the perplexity of q."""
         if self.target != "snce":
             return
-        if self.neighbour_table is not None:
-            self.neighbour_table = self.neighbour_table.to(self.device)
         entropy = self._settle_tau()
         spread = entropy.exp()
         mean, median = spread.mean().item(), spread.median().item()
@@ -264,9 +264,21 @@ class TeacherTraining(Stage):
                 f"SNCE: the neighbour distribution is extreme (mean perplexity {mean:.1f}); see two_tau_squared"
             )
 
+    def on_validation_start(self) -> None:
+        """What no fit has settled before: a checkpoint can be validated or tested alone."""
+        if self.target == "snce" and not self._settled:
+            self._settle_tau()
+
+    def on_test_start(self) -> None:
+        """As validation."""
+        self.on_validation_start()
+
     @torch.no_grad()
     def _settle_tau(self) -> Tensor:
         """Measure 2 tau^2 on training data where it is `auto`; the entropies of q there, (n,)."""
+        self._settled = True
+        if self.neighbour_table is not None:
+            self.neighbour_table = self.neighbour_table.to(self.device)
         if getattr(self.trainer, "datamodule", None) is None:
             raise ValueError("data: expected a data module, which 2 tau^2 is measured on, got bare loaders")
         source = self.trainer.datamodule.train_source()  # type: ignore[attr-defined]
@@ -278,7 +290,8 @@ class TeacherTraining(Stage):
         sites = len(images) * self.tokenizer.num_sites
         chosen = torch.randperm(sites, generator=generator)[:_TAU_LATENTS].to(self.device)
         if stored is None:
-            latents = self.tokenizer.latents(batch["image"])
+            # A few at a time: large images would not fit.
+            latents = torch.cat([self.tokenizer.latents(part) for part in batch["image"].split(_TAU_BATCH)])
             own, z = None, latents.flatten(0, 1)[chosen]
         else:
             own = stored.flatten()[chosen]

@@ -150,9 +150,14 @@ class TokenizerTraining(CodeStage):
         yield from self.reconstruction.parameter_groups()
 
     def setup(self, stage: str) -> None:
-        """As every stage; and refuse a precision in which the automatic weight cannot be had."""
+        """As every stage; and refuse a precision in which codes or automatic weights cannot be had."""
         super().setup(stage)
-        self.reconstruction.check_precision(str(self.trainer.precision))
+        precision = str(self.trainer.precision)
+        self.reconstruction.check_precision(precision)
+        if self._hard is not None and precision in ("16-true", "bf16-true"):
+            raise ValueError(
+                f"trainer.precision: expected 32-true or bf16-mixed for codes that are moving averages, got {precision}"
+            )
 
     def check_data(self, data: ImageDataModule) -> None:
         """Images must have the tokenizer's size."""

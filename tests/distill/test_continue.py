@@ -1,6 +1,7 @@
 """A Di[M]O run leaves its auxiliary model beside the student, and a later run goes on from both."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -86,6 +87,34 @@ def test_a_later_run_goes_on_from_both(teacher: Path, tmp_path: Path) -> None:
     assert not _same(load_model(tmp_path / "second" / "auxiliary"), auxiliary)
     anew = _fit(teacher, tmp_path / "anew", f"--model.init_args.student={tmp_path}/first/model", lr=0.0)
     assert _same(_auxiliary(anew), load_model(teacher))
+
+
+def test_what_was_saved_in_half_precision_is_trained_in_float32(tmp_path: Path) -> None:
+    for name in ("teacher", "auxiliary"):
+        MaskedTransformer(**SIZES).bfloat16().save_pretrained(tmp_path / name)
+    OneStepGenerator(MaskedTransformer(**SIZES).bfloat16()).save_pretrained(tmp_path / "student")
+    assert {value.dtype for value in load_model(tmp_path / "teacher").state_dict().values()} == {torch.bfloat16}
+    of_teacher = SoftDiMO(teacher=str(tmp_path / "teacher"))
+    of_all = SoftDiMO(
+        teacher=str(tmp_path / "teacher"),
+        student=str(tmp_path / "student"),
+        objectives=[DiMO(auxiliary=str(tmp_path / "auxiliary"))],
+    )
+    for module in (of_teacher, of_all):
+        parts = (module.teacher, module.student, _auxiliary(module))
+        assert {value.dtype for part in parts for value in part.state_dict().values()} == {torch.float32}
+        assert {parameter.dtype for parameter in module.parameters()} == {torch.float32}
+
+
+def test_frozen_weights_of_another_type_are_refused_by_their_own_name(teacher: Path) -> None:
+    with pytest.raises(ValueError, match=r"^model.frozen_dtype: expected float32 or bfloat16, got 'bf16'$"):
+        SoftDiMO(teacher=str(teacher), frozen_dtype="bf16")  # type: ignore[arg-type]
+    kept: dict[str, Any] = {}
+    SoftDiMO(teacher=str(teacher)).on_save_checkpoint(kept)
+    with pytest.raises(
+        ValueError, match=r"^model.frozen_dtype: expected float32 as the checkpoint's run, got bfloat16$"
+    ):
+        SoftDiMO(teacher=str(teacher), frozen_dtype="bfloat16").on_load_checkpoint(kept)
 
 
 @pytest.mark.parametrize(

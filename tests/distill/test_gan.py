@@ -91,22 +91,59 @@ def test_gradients_go_where_they_belong(
 def test_generator_gradient_against_finite_differences(
     teacher: MaskedTransformer, tokenizer: ConvVQTokenizer, kind: str
 ) -> None:
-    gan = GAN(mask_ratio=(0.2, 0.5), relaxation=Relaxation(kind=kind, top_k=7))  # type: ignore[arg-type]
+    gan = GAN(mask_ratio=(0.2, 0.5), relaxation=Relaxation(kind=kind, top_k=3, anneal_steps=10))
     module = _module(teacher.double(), tokenizer, gan).double()
     for parameter in gan.heads.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     logits = _logits(torch.float64)
-    (gradient,) = torch.autograd.grad(gan(_state(module, logits)).generator, logits)
+    (gradient,) = torch.autograd.grad(gan(_state(module, logits, step=5)).generator, logits)
     direction = torch.randn_like(logits)
     epsilon = 1e-5
     with torch.no_grad():
-        above = gan(_state(module, logits + epsilon * direction)).generator
-        below = gan(_state(module, logits - epsilon * direction)).generator
+        above = gan(_state(module, logits + epsilon * direction, step=5)).generator
+        below = gan(_state(module, logits - epsilon * direction, step=5)).generator
     slope = ((above - below) / (2 * epsilon)).item()
     assert slope == pytest.approx((gradient * direction).sum().item(), rel=1e-6)
 
 
-def test_masked_sites_have_no_gradient_at_full_masking(teacher: MaskedTransformer, tokenizer: ConvVQTokenizer) -> None:
+def test_the_temperature_falls_with_the_steps_of_the_student(
+    teacher: MaskedTransformer, tokenizer: ConvVQTokenizer
+) -> None:
+    falling = GAN(relaxation=Relaxation(kind="annealed", final_temperature=0.25, anneal_steps=10))
+    still = GAN(relaxation=Relaxation(temperature=0.5))
+    module = _module(teacher, tokenizer, falling)
+    _module(teacher, tokenizer, still)
+    still.heads.load_state_dict(falling.heads.state_dict())
+    losses = [gan(_state(module, _logits(), step=5)).generator for gan in (falling, still)]
+    assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-6)
+    assert falling(_state(module, _logits())).generator.item() != pytest.approx(losses[0].item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("penalised", ["r1", "r2"])
+def test_a_penalty_is_the_squared_slope_of_the_verdicts_on_one_side(
+    teacher: MaskedTransformer, tokenizer: ConvVQTokenizer, penalised: str
+) -> None:
+    plain, gan = GAN(), GAN(penalty_noise=0.05, **{penalised: 3.0})  # type: ignore[arg-type]
+    module = _module(teacher.double(), tokenizer, gan).double()
+    _module(teacher, tokenizer, plain)
+    plain.double().heads.load_state_dict(gan.heads.state_dict())
+    state = _state(module, _logits(torch.float64))
+    noise, condition = state.noise("gan"), teacher.pool(state.condition)
+    embeddings = {"r2": gan._fake_embeddings(state, noise), "r1": gan._real_embeddings(state, noise)}[penalised]
+    shift = 0.05 * noise.normal(*embeddings.shape[1:]).double()
+    at, beside = (
+        gan.heads(teacher.forward_with_taps(x, state.condition, [0, 1]).hidden, condition)
+        for x in (embeddings, embeddings + shift)
+    )
+    penalty = 3.0 * (beside - at).square().mean() / 0.05**2
+    assert penalty.item() > 1e-4
+    with_penalty, without = gan(state).critic, plain(state).critic
+    assert with_penalty is not None
+    assert without is not None
+    assert (with_penalty - without).item() == pytest.approx(penalty.item(), rel=1e-6)
+
+
+def test_only_visible_sites_have_a_gradient(teacher: MaskedTransformer, tokenizer: ConvVQTokenizer) -> None:
     gan = GAN(mask_ratio=(0.5, 0.5))
     module = _module(teacher, tokenizer, gan)
     logits = _logits()
@@ -115,15 +152,22 @@ def test_masked_sites_have_no_gradient_at_full_masking(teacher: MaskedTransforme
     assert moved.tolist() == [8] * BATCH
 
 
-def test_one_student_pass_and_two_of_the_teacher_beside_dimo(
+def test_one_student_pass_and_two_of_the_teacher_beside_those_of_dimo(
     teacher: MaskedTransformer, tokenizer: ConvVQTokenizer
 ) -> None:
-    gan = GAN()
-    module = _module(teacher, tokenizer, gan)
-    with count_calls(module.teacher) as calls:
-        gan(_state(module, _logits()))
-    assert calls.calls == 2
-    assert calls.samples == [BATCH, BATCH]
+    dimo = DiMO(guidance=1.0)
+    module = _module(teacher, tokenizer, dimo, GAN())
+    module.report = lambda batch, losses, logs: sum(losses.values())  # type: ignore[method-assign, assignment, return-value]
+    batch = {**_state(module, _logits()).batch, "label": torch.arange(BATCH) % 3}
+    with (
+        count_calls(module.student.model) as student,
+        count_calls(module.teacher) as frozen,
+        count_calls(dimo.auxiliary) as auxiliary,
+    ):
+        module.training_step(batch, 0)
+    assert student.samples == [BATCH]
+    assert auxiliary.samples == [BATCH]
+    assert frozen.samples == [BATCH] * 3
 
 
 def test_automatic_weight_holds_the_ratio_of_the_gradients(

@@ -58,11 +58,35 @@ def test_validation_tells_of_lost_gradients(recwarn: pytest.WarningsRecorder) ->
     assert any("relaxed: at half of the sites" in str(warning.message) for warning in recwarn)
 
 
+def test_the_gap_is_measured_at_the_temperatures_of_training() -> None:
+    teacher = MaskedTransformer(num_codes=7, num_sites=4, num_classes=3, width=8, depth=2, heads=1)
+    torch.nn.init.normal_(teacher.head.weight)
+    gaps = {}
+    for temperature, sampled_at in ((1.0, 1.0), (1e6, 1e6)):
+        student = OneStepGenerator(copy.deepcopy(teacher), logit_scale=1000.0)
+        module = SoftDiMO(
+            teacher=teacher,
+            tokenizer=ToyTokenizer(num_codes=7),
+            student=student,
+            objectives=[_Relaxed(Relaxation(temperature=temperature))],
+            temperature=sampled_at,
+        )
+        (values,) = _trainer(max_steps=1, limit_val_batches=1).validate(
+            module, datamodule=Labels(num_classes=3, batch_size=64), verbose=False
+        )
+        gaps[temperature] = values["val/relaxation_gap"]
+    assert gaps[1.0] < 0.02
+    assert gaps[1e6] > 10 * gaps[1.0]
+
+
 class _Relaxed(Objective):
     """Has a relaxation, and nothing to train."""
 
     name = "relaxed"
-    relaxation = Relaxation()
+
+    def __init__(self, relaxation: Relaxation = Relaxation()) -> None:  # noqa: B008 - frozen
+        super().__init__()
+        self.relaxation = relaxation
 
     def forward(self, state: DistillState) -> ObjectiveLosses:
         raise NotImplementedError

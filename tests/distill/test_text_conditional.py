@@ -14,7 +14,7 @@ from softgen import load_generator, load_model, load_tokenizer
 from softgen.data.scenes import TASKS
 from softgen.evaluate import evaluate
 from softgen.fit import main
-from softgen.models import MaskedTransformer, OpenCLIP, WordTextEncoder
+from softgen.models import MaskedTransformer, OneStepGenerator, OpenCLIP, WordTextEncoder
 from softgen.pretrained import Pretrained, fingerprint
 from softgen.sample import sample
 from softgen.tokenizers import ConvVQTokenizer
@@ -152,6 +152,23 @@ def test_distillation_with_every_objective_then_sampling_and_tteo(folder: Path, 
     assert bool((result.after >= result.before).all())
     others = optimize(student, tokenizer, climbed, PROMPTS[::-1], settings=TTEOSettings(steps=2, lr=10.0))
     assert not torch.equal(result.soft_scores[:, 0], others.soft_scores[:, 0])
+
+
+def test_a_student_that_reads_prompts_otherwise_is_refused(folder: Path) -> None:
+    message = r"^model.student.text_encoder: expected one as the teacher has, got another or none$"
+    teacher = load_model(folder / "teacher" / "model")
+    SoftDiMO(teacher=teacher, student=OneStepGenerator(load_model(folder / "teacher" / "model")))
+    halved = load_model(folder / "teacher" / "model").bfloat16()
+    SoftDiMO(teacher=teacher, student=OneStepGenerator(halved))
+    for change in ("weights", "words"):
+        other = load_model(folder / "teacher" / "model")
+        assert isinstance(other.text_encoder, WordTextEncoder)
+        if change == "weights":
+            torch.nn.init.normal_(other.text_encoder.position)
+        else:
+            other.text_encoder.learn_words(["a dog"])
+        with pytest.raises(ValueError, match=message):
+            SoftDiMO(teacher=teacher, student=OneStepGenerator(other))
 
 
 def test_labels_are_not_enough_for_a_text_conditional_teacher(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 from toy_rewards import Brightness, LinearClassifier, Scripted
 
 from rewards import ClassifierReward, CompositeReward, Normalisation, Reward, probe_reward
+from rewards.compute import Compute
 
 IMAGES = torch.linspace(0, 1, 2 * 3 * 4 * 4).view(2, 3, 4, 4)
 
@@ -47,6 +48,24 @@ def test_a_reward_of_weight_0_is_scored_without_a_graph_and_left_out() -> None:
     assert scores["brightness"].requires_grad
     assert not scores["held out"].requires_grad
     torch.testing.assert_close(reward.combine(scores), IMAGES.mean(dim=(1, 2, 3)))
+
+
+def test_no_gradient_of_a_reward_of_weight_0_is_computed_in_parts_either() -> None:
+    wanted: list[bool] = []
+
+    def watched(images: Tensor) -> Tensor:
+        wanted.append(images.requires_grad)
+        return red(images)
+
+    class InParts(Scripted):
+        def __init__(self) -> None:
+            super().__init__(watched)
+            self.compute = Compute(micro_batch=1)
+
+    images = IMAGES.clone().requires_grad_()
+    for weight in (1.0, 0.0):
+        CompositeReward([Brightness(), InParts()], weights=[1.0, weight])(images, ["a", "b"]).sum().backward()
+    assert wanted == [True, True, False, False]
 
 
 def test_low_precision_scores_are_summed_in_float32() -> None:

@@ -5,6 +5,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
+from torchvision.transforms import InterpolationMode, functional
 
 from rewards.preprocessing import Preprocessing
 
@@ -51,6 +52,17 @@ def test_it_agrees_with_the_transform_of_open_clip(
         difference = min(difference, levels(turned - official).abs(), key=torch.max)
     assert difference.max() < 1.2
     assert difference.mean() < 0.35
+
+
+@pytest.mark.parametrize("size", [(20, 20), (300, 200), (40, 90)])
+def test_on_tensors_what_overshoots_is_kept(size: tuple[int, int]) -> None:
+    images = edges(*size)[None]
+    whole = Preprocessing(size=(64, 64), mean=(0.0,) * 3, std=(1.0,) * 3, resize_mode="longest", clip=False)(images)
+    shape = [round(side * 64 / max(size)) for side in size]
+    official = functional.resize(images, shape, InterpolationMode.BICUBIC, antialias=True)
+    top, left = ((64 - side) // 2 for side in shape)
+    torch.testing.assert_close(whole[..., top : top + shape[0], left : left + shape[1]], official, rtol=0, atol=1e-6)
+    assert official.max() > 1.01
 
 
 def test_bilinear_agrees_too() -> None:

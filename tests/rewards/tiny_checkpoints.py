@@ -34,7 +34,6 @@ QWEN: dict[str, Any] = {
     "rope_theta": 1e6,
     "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]},
     "tie_word_embeddings": False,
-    "use_cache": False,
     "vision_config": {
         "depth": 1,
         "embed_dim": 16,

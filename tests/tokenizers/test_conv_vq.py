@@ -2,8 +2,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from softgen.tokenizers import ConvVQTokenizer
+from softgen.tokenizers.parts import by_rows, nearest_code
 
 
 def build(image_size: int = 8, channels: tuple[int, ...] = (8, 8, 16)) -> ConvVQTokenizer:
@@ -37,6 +39,23 @@ def test_codes_are_the_nearest_rows() -> None:
     distances = torch.cdist(tokenizer.latents(images).double(), tokenizer.codebook.double())
     assert torch.equal(tokenizer.encode(images), distances.argmin(-1))
     assert torch.equal(tokenizer.quantize(tokenizer.codebook), torch.arange(11))
+
+
+def test_codes_are_the_same_a_few_latents_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, latents = build(), torch.randn(3, 4, 4)
+    unit = torch.nn.functional.normalize(latents, dim=-1)
+    expected = tokenizer.quantize(unit), nearest_code(latents, tokenizer.codebook)
+    monkeypatch.setattr("softgen.tokenizers.parts.DENSE_LIMIT", 5 * 11)
+    assert torch.equal(tokenizer.quantize(unit), expected[0])
+    assert torch.equal(nearest_code(latents, tokenizer.codebook), expected[1])
+    rows: list[int] = []
+
+    def first(part: Tensor) -> Tensor:
+        rows.append(len(part))
+        return part[:, 0]
+
+    assert torch.equal(by_rows(first, latents, num_codes=11), latents[..., 0])
+    assert rows == [5, 5, 2]
 
 
 def test_codes_do_not_depend_on_autocast() -> None:

@@ -104,6 +104,20 @@ def test_auto_two_tau_squared_is_settled_on_the_data(tokenizer: ConvVQTokenizer)
     assert stage.two_tau_squared == pytest.approx(3.5 * gaps.median().item(), rel=1e-3)
 
 
+@pytest.mark.parametrize("two_tau_squared", ["auto", 1])
+@pytest.mark.parametrize("run", ["validate", "test"])
+def test_a_teacher_that_nothing_has_fitted_can_be_validated(
+    tokenizer: ConvVQTokenizer, two_tau_squared: object, run: str
+) -> None:
+    stage = _stage(tokenizer, target="snce", two_tau_squared=two_tau_squared)
+    trainer = Trainer(
+        accelerator="cpu", logger=False, enable_progress_bar=False, limit_val_batches=1, limit_test_batches=1
+    )
+    (values,) = getattr(trainer, run)(stage, datamodule=Digits(batch_size=64), verbose=False)
+    assert isinstance(stage.two_tau_squared, float)
+    assert 0 < values["val/snce"] < 10
+
+
 def test_pretokenised_data_uses_the_code_vectors(tokenizer: ConvVQTokenizer) -> None:
     stage = _stage(tokenizer, target="snce", two_tau_squared=0.3, label_dropout=0.0)
     batch = _batch()

@@ -83,6 +83,13 @@ def terms(stage: Any, given: Batch | None = None) -> dict[str, Tensor]:
     return kept
 
 
+def test_averaged_codes_in_half_precision_are_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"^trainer.precision: expected 32-true or bf16-mixed for codes that are moving"
+    ):
+        fit(build(conv()), steps=1, precision="bf16-true")
+
+
 @pytest.mark.parametrize(
     "changes",
     [

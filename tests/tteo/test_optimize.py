@@ -1,11 +1,13 @@
 """TTEO on toys: the reward rises on hard-decoded images, no weight moves, and it is deterministic."""
 
 import gc
+from collections.abc import Callable
 from dataclasses import replace
+from itertools import count
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from softgen.models import MaskedTransformer, OneStepGenerator
 from softgen.testing import ToyTokenizer
@@ -63,6 +65,7 @@ def test_the_first_step_is_the_gradient_of_the_soft_reward(
     soft = tokenizer.decode_embeddings(tokenizer.embed_soft(logits.softmax(-1)))
     (gradient,) = torch.autograd.grad(_ink(soft, None).sum(), moving)
     moved = (result.best_step == 1).view(-1, 1, 1)
+    assert moved.any()
     torch.testing.assert_close(result.embeddings, torch.where(moved, start + 7.0 * gradient, start))
     assert result.trajectory.shape == (2, 2, 3, 8, 8)
     assert result.trajectory_steps == (0, 1)
@@ -78,9 +81,62 @@ def test_deterministic_by_seed_and_candidates_share_a_batch(
     assert torch.equal(first.images, again.images)
     assert not torch.equal(first.embeddings, other.embeddings)
     assert first.images.shape[0] == 24
+    both = first.embeddings.unflatten(0, (12, 2))
+    assert (both[:, 0] - both[:, 1]).flatten(1).norm(dim=1).min() > 0.1
 
 
-def test_pull_clip_and_patience(generator: OneStepGenerator, tokenizer: ToyTokenizer) -> None:
+def _last_is_best() -> Callable[[Tensor, object], Tensor]:
+    """A judge that likes every image better than those before."""
+    calls = count()
+    return lambda images, conditions: torch.full((len(images),), float(next(calls)))
+
+
+def test_the_pull_is_towards_the_start(generator: OneStepGenerator, tokenizer: ToyTokenizer) -> None:
+    moved = [
+        optimize(
+            generator, tokenizer, _ink, LABELS, settings=TTEOSettings(steps=steps, lr=30.0, pull=0.004), judge=judge
+        ).embeddings
+        for steps, judge in ((1, _last_is_best()), (2, _last_is_best()))
+    ]
+    start = optimize(generator, tokenizer, lambda images, _: 0 * _ink(images, _), LABELS).embeddings
+    at = moved[0].clone().requires_grad_()
+    logits = generator.logits(at, generator.model.encode(LABELS))
+    soft = tokenizer.decode_embeddings(tokenizer.embed_soft(logits.softmax(-1)))
+    (gradient,) = torch.autograd.grad(_ink(soft, None).sum(), at)
+    pulled = 2 * 0.004 * (moved[0] - start)
+    assert pulled.norm() > 0.1 * gradient.norm()
+    torch.testing.assert_close(moved[1], moved[0] + 30.0 * (gradient - pulled))
+
+
+def test_small_steps_of_a_generator_in_half_precision_are_kept(
+    generator: OneStepGenerator, tokenizer: ToyTokenizer
+) -> None:
+    settings = TTEOSettings(steps=4, lr=1e-4)
+    halved = optimize(generator.bfloat16(), tokenizer, _ink, LABELS, settings=settings, judge=_last_is_best())
+    assert halved.embeddings.dtype == torch.float32
+    start = optimize(generator, tokenizer, _ink, LABELS, settings=replace(settings, lr=1e-30), judge=_last_is_best())
+    assert (halved.embeddings != start.embeddings).any(dim=-1).all()
+
+
+def test_every_part_of_a_score_is_left_in_its_mode(generator: OneStepGenerator, tokenizer: ToyTokenizer) -> None:
+    class Judge(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Dropout(0.9).eval()
+
+        def forward(self, images: Tensor, conditions: object) -> Tensor:
+            return self.inner(images).mean(dim=(1, 2, 3))
+
+    judge = Judge()
+    generator.model.eval()
+    optimize(generator, tokenizer, judge, LABELS, settings=TTEOSettings(steps=1))
+    assert judge.training
+    assert not judge.inner.training
+    assert generator.training
+    assert not any(module.training for module in generator.model.modules())
+
+
+def test_clip_and_patience(generator: OneStepGenerator, tokenizer: ToyTokenizer) -> None:
     free = optimize(generator, tokenizer, _ink, LABELS, settings=TTEOSettings(steps=5, lr=30.0))
     clipped = optimize(generator, tokenizer, _ink, LABELS, settings=TTEOSettings(steps=5, lr=30.0, clip=1e-4))
     assert clipped.soft_scores[-1].mean() < free.soft_scores[-1].mean()
@@ -109,6 +165,8 @@ def test_impossible_settings(
 def test_bad_conditions_and_rewards(generator: OneStepGenerator, tokenizer: ToyTokenizer) -> None:
     with pytest.raises(ValueError, match="conditions: expected at least one label or prompt, got none"):
         optimize(generator, tokenizer, _ink, LABELS[:0])
+    with pytest.raises(ValueError, match=r"^conditions: expected a list of prompts, got the text 'a red circle'$"):
+        optimize(generator, tokenizer, _ink, "a red circle")
     with pytest.raises(ValueError, match=r"conditions: expected labels in 0\.\.2, got \[5\]"):
         optimize(generator, tokenizer, _ink, torch.tensor([5]))
     with pytest.raises(ValueError, match="since this model is class-conditional, got prompts"):
@@ -177,4 +235,6 @@ def test_labels_may_be_integers_and_the_caller_may_have_switched_gradients_off(
     with torch.no_grad():
         listed = optimize(generator, tokenizer, _ink, LABELS.tolist(), settings=TTEOSettings(steps=2, lr=3.0))
     given = optimize(generator, tokenizer, _ink, LABELS, settings=TTEOSettings(steps=2, lr=3.0))
+    arrayed = optimize(generator, tokenizer, _ink, LABELS.numpy(), settings=TTEOSettings(steps=2, lr=3.0))  # type: ignore[arg-type]
     assert torch.equal(listed.embeddings, given.embeddings)
+    assert torch.equal(arrayed.embeddings, given.embeddings)
