@@ -1,5 +1,6 @@
 """PickScore, HPSv2, HPSv3, ImageReward, the aesthetic predictor: on tiny random checkpoints."""
 
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import AGAIN, BUILDERS, architecture, hpsv3, imagereward, pickscore
 
-from rewards import Compute, HPSv2Reward, PickScoreReward, Reward, probe_reward
+from rewards import Compute, HPSv2Reward, ImageRewardReward, PickScoreReward, Reward, probe_reward
 from rewards.qwen_images import fitted_size, patch_rows
 
 EACH = pytest.mark.parametrize("name", sorted(BUILDERS))
@@ -135,7 +136,7 @@ def test_keys_that_do_not_fit_are_named(tmp_path: Path) -> None:
     save_file(state, tmp_path / "HPSv3.safetensors")
     from tiny_checkpoints import QWEN
 
-    from rewards import HPSv3Reward, ImageRewardReward
+    from rewards import HPSv3Reward
 
     with pytest.raises(ValueError, match=r"^checkpoint: expected .* got 'language_model.norm.weight' missing$"):
         HPSv3Reward(tmp_path, config={**QWEN, "image_token_id": 5})
@@ -166,6 +167,15 @@ def test_a_checkpoint_that_lacks_a_weight_is_refused_by_its_name(name: str, file
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(("content", "got"), [("{", "an error"), ("[]", "a list")])
+def test_broken_settings_beside_imagereward_are_named(content: str, got: str, tmp_path: Path) -> None:
+    build("imagereward", tmp_path)
+    settings = tmp_path / "med_config.json"
+    settings.write_text(content)
+    with pytest.raises(ValueError, match=rf"^checkpoint: expected .* in {re.escape(str(settings))}, got {got}"):
+        ImageRewardReward(tmp_path / "ImageReward.pt")
+
+
 def test_the_hub_id_of_hpsv2_is_looked_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     build("hpsv2", tmp_path)
     asked: list[object] = []
@@ -178,3 +188,4 @@ def test_the_hub_id_of_hpsv2_is_looked_up(monkeypatch: pytest.MonkeyPatch, tmp_p
     reward = HPSv2Reward(model_name=architecture(tmp_path))
     assert asked == [("xswu/HPSv2", ["HPS_v2.1_compressed.pt", "*.json"])]
     assert reward.preprocessing.resize_mode == "longest"
+    assert not reward.preprocessing.clip
