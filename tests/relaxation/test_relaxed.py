@@ -60,7 +60,7 @@ def test_annealing_falls_geometrically_to_its_end() -> None:
     ("options", "message"),
     [
         ({"temperature": 0.0}, r"x\.temperature: expected a number above 0, got 0\.0"),
-        ({"top_k": 0}, r"x\.top_k: expected at least 1, got 0"),
+        ({"top_k": 1}, r"x\.top_k: expected at least 2, got 1"),
         ({"kind": "hard"}, r"hard tokens have no gradient"),
     ],
 )
