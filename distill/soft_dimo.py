@@ -9,28 +9,27 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from distill.memory import halve_around_codebook, kept_casts, recompute, widen_weights
+from distill.memory import halve_around_codebook, kept_casts, recompute
 from distill.objectives.base import DistillState, Objective
 from distill.objectives.dimo import DiMO
+from distill.opening import MASK_UNIT, NOISE, R_INIT, open_student, open_teacher, open_tokenizer
 from distill.symptoms import warn_of_cut_weights, warn_of_lost_gradients
 from distill.weighting import weigh
 from softgen.callbacks.accuracy import AccuracyWatch
 from softgen.categorical import sample_categorical
 from softgen.data.base import Batch, ImageDataModule
-from softgen.loading import check_compatible, check_same_sites, load_generator, load_model, load_tokenizer
+from softgen.loading import check_compatible
 from softgen.models.base import MaskedDiffusionModel
 from softgen.models.conditions import Asked, Condition
 from softgen.models.generator import MaskUnit, OneStepGenerator
 from softgen.models.text import freeze_text_encoder
-from softgen.pretrained import CONFIG_NAME, Pretrained, resolve_folder
+from softgen.pretrained import Pretrained
 from softgen.relaxation import decoding_gap, probabilities, sharpness
 from softgen.tokenizers.base import ImageTokenizer
 from softgen.training.optimization import OptimizerConfig, ParameterGroup, hidden_matrices
 from softgen.training.stage import Stage, check_conditions, check_images
 
 _GAP_GROWTH = 1.5
-_R_INIT, _NOISE = 0.6, 0.1  # published
-_MASK_UNIT: MaskUnit = "site"
 
 
 class SoftDiMO(Stage):
@@ -71,9 +70,9 @@ class SoftDiMO(Stage):
         student: str | OneStepGenerator | None = None,
         objectives: Sequence[Objective] | None = None,
         optimizer: OptimizerConfig = OptimizerConfig(lr=1e-5, warmup_steps=100),  # noqa: B008 - frozen
-        r_init: float = _R_INIT,
-        noise: float = _NOISE,
-        mask_unit: MaskUnit = _MASK_UNIT,
+        r_init: float = R_INIT,
+        noise: float = NOISE,
+        mask_unit: MaskUnit = MASK_UNIT,
         temperature: float = 1.0,
         sharpen: float = 1.0,
         freeze_embedding: bool = True,
@@ -89,15 +88,13 @@ class SoftDiMO(Stage):
         if frozen_dtype not in ("float32", "bfloat16"):
             raise ValueError(f"model.frozen_dtype: expected float32 or bfloat16, got {frozen_dtype!r}")
         self.temperature = temperature
-        opened = load_model(teacher, key="model.teacher") if isinstance(teacher, str) else teacher
-        opened.check(key="model.teacher")
-        self.hold_frozen("teacher", widen_weights(opened))
-        decoder = _open_tokenizer(tokenizer, teacher)
+        self.hold_frozen("teacher", open_teacher(teacher))
+        decoder = open_tokenizer(tokenizer, teacher)
         if decoder is not None:
-            check_compatible(opened, decoder, key="model.tokenizer")
+            check_compatible(self.teacher, decoder, key="model.tokenizer")
             self.hold_frozen("tokenizer", decoder)
 
-        self.student = _open_student(student, self.teacher, r_init=r_init, noise=noise, mask_unit=mask_unit)
+        self.student = open_student(student, self.teacher, r_init=r_init, noise=noise, mask_unit=mask_unit)
         self.student.scale_logits(1 / sharpen)
         self.student.requires_grad_().train()
         freeze_text_encoder(self.student.model)
@@ -378,43 +375,3 @@ class SoftDiMO(Stage):
         asked = self.asked_of(batch, self.teacher)[:32]
         tokens = self.student.sample(self._encode(asked), self.noise(small, "preview"))
         return self.tokenizer.under(asked).decode(tokens)
-
-
-def _open_tokenizer(
-    tokenizer: str | ImageTokenizer | None, teacher: str | MaskedDiffusionModel
-) -> ImageTokenizer | None:
-    if isinstance(tokenizer, str):
-        return load_tokenizer(tokenizer, key="model.tokenizer")
-    if tokenizer is not None:
-        return tokenizer
-    if isinstance(teacher, str):
-        folder = resolve_folder(teacher, key="model.teacher")
-        if (folder / "tokenizer" / CONFIG_NAME).is_file():
-            return load_tokenizer(folder, key="model.teacher")
-    return None
-
-
-def _open_student(
-    student: str | OneStepGenerator | None,
-    teacher: MaskedDiffusionModel,
-    *,
-    r_init: float,
-    noise: float,
-    mask_unit: MaskUnit,
-) -> OneStepGenerator:
-    if student is None:
-        return OneStepGenerator(copy.deepcopy(teacher), r_init=r_init, noise=noise, mask_unit=mask_unit)
-    opened = load_generator(student, key="model.student") if isinstance(student, str) else student
-    if set(opened.parameters()) & set(teacher.parameters()):
-        raise ValueError("model.student: expected weights of its own, got those of the teacher, which would be trained")
-    check_same_sites(opened.model, teacher, key="model.student")
-    widen_weights(opened.model)
-    settings: tuple[tuple[str, object, object, object], ...] = (
-        ("r_init", r_init, _R_INIT, opened.r_init),
-        ("noise", noise, _NOISE, opened.noise),
-        ("mask_unit", mask_unit, _MASK_UNIT, opened.mask_unit),
-    )
-    for name, asked, default, kept in settings:
-        if asked not in (default, kept):
-            rank_zero_warn(f"model.{name}: {asked} is ignored, since the student that was given has {kept}")
-    return opened
