@@ -1,10 +1,12 @@
 """Soft-Di[M]O at CPU scale: what GAN, reward and TTEO add to a one-step student, beside the controls they must beat.
 
     python benchmarks/soft_dimo.py
+    python benchmarks/soft_dimo.py --guidance 3
 
 Every arm goes on from the same Di[M]O checkpoint of its seed (benchmarks/dimo.py trains it if it is not there), sees
 the same batches and the same noise at the same step (common random numbers), and is scored on the same draws. Writes
-benchmarks/results/soft_dimo.json, .md and .png. An arm whose folder holds a result is not run again.
+benchmarks/results/soft_dimo.json, .md and .png, or for another guidance soft_dimo_guidance_3 and so on. An arm whose
+folder holds a result is not run again.
 """
 
 import csv
@@ -21,24 +23,37 @@ from typing import Any
 import torch
 import yaml
 from dimo import RESULTS, run_pipeline
-from soft_dimo_arms import DATA, EARLY, START, Arm, Setting, arms, config_of, gan, open_student
+from soft_dimo_arms import (
+    DATA,
+    EARLY,
+    START,
+    Arm,
+    Setting,
+    arms,
+    config_of,
+    config_of_start,
+    gan,
+    open_student,
+    recipe_guidance,
+)
 from soft_dimo_report import markdown, picture
 from soft_dimo_tteo import measure_tteo
 
 from rewards import ClassifierReward
-from softgen import load_tokenizer
+from softgen import load_model, load_tokenizer
 from softgen.categorical import sample_categorical
 from softgen.classifier import classifier, named_data
 from softgen.cli import run_command
 from softgen.data import write_token_cache
 from softgen.evaluate import named_protocol, write_json
-from softgen.generation import balanced_labels, generate, one_step_tokens
+from softgen.generation import balanced_labels, generate, one_step_tokens, teacher_tokens
 from softgen.metrics import SmallClassifier, class_log_probability
 from softgen.metrics.protocol import Protocol
 from softgen.models.generator import OneStepGenerator
+from softgen.quickstart import TEACHER_STEPS
 from softgen.random import SampleRandom
-from softgen.recipes import find_recipe
 from softgen.relaxation import decoding_gap, probabilities, sharpness
+from softgen.sampling import MaskGITSampler
 from softgen.tokenizers.base import ImageTokenizer
 
 
@@ -49,6 +64,8 @@ def benchmark(
     only: list[str] | None = None,
     out: str = "runs/benchmarks",
     processes: int = 2,
+    guidance: float | None = None,
+    start_steps: int = 1000,
     steps: int = 160,
     critic_steps: int = 60,
     early_steps: int = 300,
@@ -64,6 +81,8 @@ def benchmark(
         only: Names of the arms to run; by default all.
         out: Where the runs are kept.
         processes: Arms side by side, one thread each.
+        guidance: Of the teacher that Di[M]O distils, in every arm and before it; by default the recipe's.
+        start_steps: Steps of Di[M]O under that guidance before the arms; the recipe's is in the pipeline, finished.
         steps: Steps of the student in every arm.
         critic_steps: Steps before them in which only critics learn, in every arm.
         early_steps: Steps of Di[M]O that make the blunt student.
@@ -71,19 +90,25 @@ def benchmark(
         tteo_n: Images that TTEO optimises.
         note: What else a reader must know of these runs; goes into the table.
     """
-    root = Path(out) / DATA
-    settings = [Setting(seed, root, data_root, steps, critic_steps, early_steps, n) for seed in seeds]
+    root, scale = Path(out) / DATA, guidance or recipe_guidance()
+    settings = [
+        Setting(seed, root, data_root, scale, start_steps, steps, critic_steps, early_steps, n) for seed in seeds
+    ]
     for setting in settings:
         _prepare(setting)
     cost = _step_cost(settings[0])
-    known = arms(equal_compute=cost["ratio"], steps=critic_steps + steps)
-    chosen = [arm for arm in known if only is None or arm.name in only or arm in (START, EARLY)]
+    known = arms(equal_compute=cost["ratio"], steps=critic_steps + steps, guidance=scale)
+    wanted = [arm for arm in known if only is None or arm.name in only]
+    starts = [start for start in (START, EARLY) if any(arm.start is start for arm in wanted)]
+    chosen = [arm for arm in known if arm in wanted or arm in starts]
     jobs = [(setting, arm) for arm in chosen for setting in settings]
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        for future in [pool.submit(_train_early, setting) for setting in settings]:
+        missing = [(setting, start is EARLY) for setting in settings for start in starts]
+        for future in [pool.submit(_train_start, setting, early=early) for setting, early in missing]:
             future.result()
         started = [pool.submit(_run_arm, setting, arm) for setting, arm in jobs]
-        optimised = [START]
+        started += [pool.submit(_run_teacher, setting) for setting in settings]
+        optimised = [START] if tteo_n else []
         started += [pool.submit(_run_tteo, setting, arm, tteo_n) for setting in settings for arm in optimised]
         try:
             for future in as_completed(started):
@@ -92,26 +117,31 @@ def benchmark(
             pool.shutdown(cancel_futures=True)
             raise
     names = [arm.name for arm in chosen]
-    words = f" --only '{json.dumps(only)}'" if only is not None else ""
-    command = f"python benchmarks/soft_dimo.py --data_root FOLDER --steps {steps} --critic_steps {critic_steps}{words}"
+    guided = scale != recipe_guidance()
+    options = [f"--guidance {scale:g}", f"--start_steps {start_steps}"] if guided else []
+    options += [f"--steps {steps}", f"--critic_steps {critic_steps}"]
+    options += [] if only is None else [f"--only '{json.dumps(only)}'"]
     content = {
-        "command": command,
+        "command": " ".join(["python benchmarks/soft_dimo.py --data_root FOLDER", *options]),
         "protocol": named_protocol(DATA, data_root=data_root, folder=str(settings[0].pipeline / "extractor")).name(n),
         "note": note,
         "seeds": seeds,
+        "guidance": scale,
+        **({"start_steps": start_steps} if guided else {}),
         "steps": steps,
         "critic_steps": critic_steps,
         "early_steps": early_steps,
         "step_cost": cost,
-        "teacher": [json.loads((setting.pipeline / "metrics.json").read_text())["rows"] for setting in settings],
+        "teacher": [_teacher_rows(setting) for setting in settings],
         "arms": {name: [_result(setting, name) for setting in settings] for name in names},
         "tteo": {arm.name: [_result(setting, f"tteo_{arm.name}") for setting in settings] for arm in optimised},
     }
-    write_json(RESULTS / "soft_dimo.json", content)
-    (RESULTS / "soft_dimo.md").write_text(markdown(content))
-    tokenizer = load_tokenizer(settings[0].pipeline / "3_dimo" / "model")
-    picture(RESULTS / "soft_dimo.png", [open_student(settings[0], arm) for arm in chosen], tokenizer, seed=seeds[0])
-    print((RESULTS / "soft_dimo.md").read_text())
+    name = settings[0].name
+    write_json(RESULTS / f"{name}.json", content)
+    (RESULTS / f"{name}.md").write_text(markdown(content, samples=f"{name}.png"))
+    tokenizer = load_tokenizer(settings[0].pipeline / "2_teacher" / "model")
+    picture(RESULTS / f"{name}.png", [open_student(settings[0], arm) for arm in chosen], tokenizer, seed=seeds[0])
+    print((RESULTS / f"{name}.md").read_text())
 
 
 def _prepare(setting: Setting) -> None:
@@ -121,20 +151,45 @@ def _prepare(setting: Setting) -> None:
     if not (setting.judge / "config.json").is_file():
         classifier(data_name=DATA, data_root=setting.data_root, out=str(setting.judge), progress=False)
     if not setting.tokens.is_dir():
-        tokenizer = load_tokenizer(setting.pipeline / "3_dimo" / "model")
+        tokenizer = load_tokenizer(setting.pipeline / "2_teacher" / "model")
         write_token_cache(setting.tokens, tokenizer, named_data(DATA, data_root=setting.data_root), progress=False)
 
 
-def _train_early(setting: Setting) -> None:
-    """Di[M]O from the teacher, stopped early: a blunt student."""
+def _train_start(setting: Setting, *, early: bool) -> None:
+    """The Di[M]O run that arms go on from, where the pipeline has not left it."""
     from softgen.fit import main as fit
 
-    folder = setting.checkpoint(early=True)
+    folder = setting.checkpoint(early=early)
     if (folder / "model" / "config.json").is_file():
         return
-    config = find_recipe(DATA).write_config("3_dimo", setting.pipeline)
-    options = [f"--run_dir={folder}", f"--seed={setting.seed}", f"--trainer.max_steps={setting.early_steps}"]
-    fit([f"--config={config}", *options, "--trainer.limit_val_batches=0", "--ema.decay=0.99"])
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(config_of_start(setting, early=early)))
+    fit([f"--config={folder / 'config.yaml'}"])
+
+
+def _run_teacher(setting: Setting) -> None:
+    """The teacher in several passes, under the setting's guidance; the pipeline has scored it under the recipe's."""
+    target = setting.folder("teacher") / "result.json"
+    if target.is_file() or setting.guidance == recipe_guidance():
+        return
+    torch.set_num_threads(1)
+    folder = setting.pipeline / "2_teacher" / "model"
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    protocol = _protocol(setting.data_root, setting.pipeline / "extractor")
+    labels = balanced_labels(setting.n, num_classes=10)
+    rows = []
+    for steps in TEACHER_STEPS:
+        sampler = MaskGITSampler(steps=steps, guidance=setting.guidance)
+        made = generate(teacher_tokens(model, sampler), tokenizer, labels, seed=setting.seed)
+        rows.append({"name": f"teacher_{steps}", **asdict(protocol.score(made.images, labels))})
+    write_json(target, {"rows": rows})
+
+
+def _teacher_rows(setting: Setting) -> list[dict[str, Any]]:
+    own = setting.folder("teacher") / "result.json"
+    path = own if own.is_file() else setting.pipeline / "metrics.json"
+    rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"]
+    return rows
 
 
 def _run_arm(setting: Setting, arm: Arm) -> None:
@@ -174,7 +229,7 @@ def _logs(folder: Path) -> dict[str, float]:
 
 def _score(setting: Setting, generator: OneStepGenerator) -> dict[str, float | None]:
     """Quality on n draws that are the same for every arm of the seed, and how sharp the student is."""
-    tokenizer = load_tokenizer(setting.pipeline / "3_dimo" / "model")
+    tokenizer = load_tokenizer(setting.pipeline / "2_teacher" / "model")
     protocol = _protocol(setting.data_root, setting.pipeline / "extractor")
     labels = balanced_labels(setting.n, num_classes=10)
     made = generate(one_step_tokens(generator), tokenizer, labels, seed=setting.seed)
@@ -218,7 +273,7 @@ def _result(setting: Setting, name: str) -> dict[str, Any]:
 
 def _step_cost(setting: Setting, *, rounds: int = 12) -> dict[str, float]:
     """Process time of a training step with and without the GAN, interleaved, medians; kept beside the runs."""
-    kept = setting.root / "soft_dimo" / "step_cost.json"
+    kept = setting.arms / "step_cost.json"
     if not kept.is_file():
         write_json(kept, _measure_step_cost(setting, rounds=rounds))
     content: dict[str, float] = json.loads(kept.read_text())
@@ -274,7 +329,7 @@ def _run_tteo(setting: Setting, arm: Arm, count: int) -> None:
     torch.set_num_threads(1)
     content = measure_tteo(
         open_student(setting, arm),
-        load_tokenizer(setting.pipeline / "3_dimo" / "model"),
+        load_tokenizer(setting.pipeline / "2_teacher" / "model"),
         ClassifierReward(str(setting.judge)),
         SmallClassifier.load(setting.pipeline / "extractor"),
         count=count,

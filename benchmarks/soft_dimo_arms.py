@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -54,12 +55,13 @@ def _relaxed(**relaxation: Any) -> dict[str, Any]:
     return gan(relaxation=relaxation)
 
 
-def arms(*, equal_compute: float, steps: int) -> list[Arm]:
+def arms(*, equal_compute: float, steps: int, guidance: float) -> list[Arm]:
     """All arms.
 
     Args:
         equal_compute: Steps of Di[M]O alone that take the time of one step with the GAN.
         steps: Steps of an arm in all, which the annealed temperature falls over.
+        guidance: What the students were distilled under; where it is not the recipe's, an arm of Di[M]O returns to it.
     """
     annealed = {"kind": "annealed", "temperature": 1.0, "final_temperature": 0.3, "anneal_steps": steps}
     central = [
@@ -72,10 +74,12 @@ def arms(*, equal_compute: float, steps: int) -> list[Arm]:
         Arm("gan_st", _relaxed(kind="st")),
         Arm("gan_alone", {"gan": {"weight": 1.0}}),
     ]
+    less_guided = Arm("control_less_guided", {"dimo": {"guidance": recipe_guidance()}})
     return [
         START,
         *central,
         *others,
+        *([less_guided] if guidance != recipe_guidance() else []),
         Arm("gan_gumbel_st", _relaxed(kind="gumbel_st")),
         Arm("reward", {"dimo": {}, "reward": {}}),
         Arm("reward_alone", {"reward": {"weight": 1.0}}),
@@ -99,11 +103,16 @@ def arms(*, equal_compute: float, steps: int) -> list[Arm]:
 
 @dataclass(frozen=True)
 class Setting:
-    """Where one seed's models are, and how long every arm runs."""
+    """Where one seed's models are, and how long every arm runs.
+
+    Under another guidance than the recipe's, students are distilled anew from the same teachers, for `start_steps`.
+    """
 
     seed: int
     root: Path
     data_root: str
+    guidance: float
+    start_steps: int
     steps: int
     critic_steps: int
     early_steps: int
@@ -115,9 +124,15 @@ class Setting:
         return self.root / f"seed_{self.seed}"
 
     @property
+    def name(self) -> str:
+        """Of the folder of arms, and of the results."""
+        return "soft_dimo" if self.guidance == recipe_guidance() else f"soft_dimo_guidance_{self.guidance:g}"
+
+    @property
     def figures(self) -> dict[str, int]:
         """What a result depends on, besides its arm and seed."""
         return {
+            **({} if self.guidance == recipe_guidance() else {"start_steps": self.start_steps}),
             "steps": self.steps,
             "critic_steps": self.critic_steps,
             "early_steps": self.early_steps,
@@ -136,11 +151,38 @@ class Setting:
 
     def checkpoint(self, *, early: bool) -> Path:
         """The Di[M]O run that arms go on from."""
-        return self.folder("early_dimo") if early else self.pipeline / "3_dimo"
+        if early:
+            return self.folder("early_dimo")
+        return self.pipeline / "3_dimo" if self.guidance == recipe_guidance() else self.folder("dimo")
 
     def folder(self, arm: str) -> Path:
         """The run folder of an arm."""
-        return self.root / "soft_dimo" / f"seed_{self.seed}" / arm
+        return self.arms / f"seed_{self.seed}" / arm
+
+    @property
+    def arms(self) -> Path:
+        """The run folders of all seeds."""
+        return self.root / self.name
+
+
+@cache
+def recipe_guidance() -> float:
+    """The teacher's guidance in the recipe of Di[M]O."""
+    config = yaml.safe_load(find_recipe(DATA).config("3_dimo").read_text())
+    (dimo,) = config["model"]["init_args"]["objectives"]
+    return float(dimo["init_args"]["guidance"])
+
+
+def config_of_start(setting: Setting, *, early: bool) -> dict[str, Any]:
+    """The recipe of Di[M]O under the setting's guidance, or stopped early for a blunt student."""
+    config: dict[str, Any] = yaml.safe_load(find_recipe(DATA).write_config("3_dimo", setting.pipeline).read_text())
+    (dimo,) = config["model"]["init_args"]["objectives"]
+    dimo["init_args"]["guidance"] = setting.guidance
+    config["run_dir"], config["seed"] = str(setting.checkpoint(early=early)), setting.seed
+    steps = setting.early_steps if early else setting.start_steps
+    config["trainer"] |= {"max_steps": steps, "limit_val_batches": 0}
+    config["ema"] = {"decay": 0.99}
+    return config
 
 
 def open_student(setting: Setting, arm: Arm) -> OneStepGenerator:
@@ -161,7 +203,7 @@ def config_of(setting: Setting, arm: Arm) -> dict[str, Any]:
     dimo, adversary = (objective["init_args"] for objective in config["model"]["init_args"]["objectives"])
     checkpoint = setting.checkpoint(early=arm.early)
     config["model"]["init_args"]["student"] = str(checkpoint / "model")
-    dimo["auxiliary"] = str(checkpoint / "auxiliary")
+    dimo |= {"auxiliary": str(checkpoint / "auxiliary"), "guidance": setting.guidance}
     for optimizer in (config["model"]["init_args"]["optimizer"], dimo["auxiliary_optimizer"]):
         optimizer["lr"] *= arm.rates
     judge = {"class_path": "rewards.ClassifierReward", "init_args": {"classifier": str(setting.judge)}}

@@ -17,6 +17,7 @@ MEANING = {
     "control": "Di[M]O alone, equal steps",
     "gan_soft": "Di[M]O + GAN on the soft embedding: the recipe",
     "control_equal_compute": "Di[M]O alone, equal compute",
+    "control_less_guided": "Di[M]O alone, equal steps, under the recipe's guidance",
     "entropy_only": "Di[M]O + an entropy term, no discriminator",
     "gan_gumbel_st": "GAN, Gumbel-softmax straight-through",
     "gan_st": "GAN, sampled codes forward, gradient of the expectation",
@@ -43,6 +44,7 @@ CLAIMS = (
     ("Di[M]O + GAN against equal steps", "gan_soft", "control", "at most", 0.85),
     ("Di[M]O + GAN against equal compute", "gan_soft", "control_equal_compute", "at most", 0.95),
     ("Di[M]O + GAN against entropy alone", "gan_soft", "entropy_only", "at most", 0.95),
+    ("Di[M]O + GAN against less guidance", "gan_soft", "control_less_guided", "at most", 0.95),
     ("GAN alone against Di[M]O + GAN", "gan_alone", "gan_soft", "at least", 1.5),
     ("the same at 4 x the learning rates", "hot_gan_alone", "hot_gan_soft", "at least", 1.5),
     ("soft against Gumbel straight-through", "gan_soft", "gan_gumbel_st", "at most", 1.0),
@@ -53,14 +55,19 @@ CLAIMS = (
 )
 
 
-def markdown(content: Mapping[str, Any]) -> str:
-    """The page."""
+def markdown(content: Mapping[str, Any], *, samples: str) -> str:
+    """The page.
+
+    Args:
+        content: What was measured.
+        samples: Name of the file of samples.
+    """
     seeds, arms, cost = content["seeds"], content["arms"], content["step_cost"]
     count = arms["start"][0]["n"]
     finished = {name: runs for name, runs in arms.items() if not name.startswith("early_")}
     early = {name.removeprefix("early_"): runs for name, runs in arms.items() if name.startswith("early_")}
     lines = [
-        "# Soft-Di[M]O on Fashion-MNIST",
+        f"# Soft-Di[M]O on Fashion-MNIST, guidance {content['guidance']:g}",
         "",
         f"`{content['command']}`. {content['protocol']}: Frechet distance on {count:,} images, lower is better; seeds "
         f"{', '.join(map(str, seeds))}. Every arm of a seed goes on from the same Di[M]O checkpoint for "
@@ -72,36 +79,45 @@ def markdown(content: Mapping[str, Any]) -> str:
         "steps.",
         *([content["note"]] if content["note"] else []),
         "",
-        "## From the finished student",
+        f"## {_start(content)}",
         "",
         *_table(finished, seeds, teacher=content["teacher"]),
         "",
         *_claims(finished),
         "",
-        "## From a blunt student",
-        "",
-        f"The same, from a student that Di[M]O has trained for {content['early_steps']} steps only.",
-        "",
-        *_table(early, seeds),
-        "",
-        *_claims(early),
-        "",
+        *(_early(early, seeds, content["early_steps"]) if early else []),
         "Reward: mean log p(class) under a classifier that is not the one of the other columns. Max p: mean "
         "probability of the likeliest code. Gap: RMS difference of pixels between soft and sampled decoding. Seconds: "
         "wall time of the training on one thread, beside another.",
         "",
-        "## TTEO",
-        "",
-        *_tteo(content["tteo"]),
-        "",
+        *(["## TTEO", "", *_tteo(content["tteo"]), ""] if content["tteo"] else []),
         "## Samples",
         "",
-        "![samples](soft_dimo.png)",
+        f"![samples]({samples})",
         "",
         f"A row of 20 samples an arm, seed {seeds[0]}, the same draws: {', '.join(arms)}.",
         "",
     ]
     return "\n".join(lines)
+
+
+def _start(content: Mapping[str, Any]) -> str:
+    if "start_steps" in content:
+        return f"From a student that Di[M]O has trained for {content['start_steps']} steps under this guidance"
+    return "From the finished student"
+
+
+def _early(arms: Mapping[str, Sequence[Mapping[str, Any]]], seeds: Sequence[int], steps: int) -> list[str]:
+    return [
+        "## From a blunt student",
+        "",
+        f"The same, from a student that Di[M]O has trained for {steps} steps only.",
+        "",
+        *_table(arms, seeds),
+        "",
+        *_claims(arms),
+        "",
+    ]
 
 
 def _table(

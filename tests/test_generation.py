@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from softgen.generation import balanced_labels, generate, one_step_tokens, teacher_tokens
@@ -50,3 +51,8 @@ def test_a_generator_takes_one_pass_a_batch_and_its_temperature() -> None:
 def test_labels_go_round() -> None:
     assert balanced_labels(5, num_classes=3).tolist() == [0, 1, 2, 0, 1]
     assert balanced_labels(3, num_classes=0).tolist() == [0, 0, 0]
+
+
+def test_one_text_is_not_a_list_of_letters() -> None:
+    with pytest.raises(ValueError, match="expected a list of prompts"):
+        generate(SOURCES["one step"], TOKENIZER, "a red cat", seed=0)
