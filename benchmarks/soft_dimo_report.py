@@ -132,7 +132,8 @@ def _table(
     )
     lines = [header, "|---|" + "---|" * (len(seeds) + 10)]
     if teacher:
-        lines += [_teacher_line(teacher, steps) for steps in (1, 4, 8, 16)]
+        names = [row["name"] for row in teacher[0] if row["name"].startswith("teacher_")]
+        lines += [_teacher_line(teacher, int(name.removeprefix("teacher_"))) for name in names]
     return lines + [_arm_line(name, runs, arms.get("control")) for name, runs in arms.items()]
 
 

@@ -30,7 +30,7 @@ from softgen.models.autoregressive import AutoregressiveTransformer
 from softgen.models.base import MaskedDiffusionModel
 from softgen.models.generator import OneStepGenerator
 from softgen.models.sit import SiT
-from softgen.pretrained import Pretrained
+from softgen.pretrained import CONFIG_NAME, Pretrained, fingerprint
 from softgen.prompt_evaluation import (
     check_text_conditional,
     open_clip_model,
@@ -210,7 +210,10 @@ def evaluate(
         if len(sources) > 1:
             raise ValueError(f"steps: expected one number of steps for task geneval, got {len(sources)}")
         ((name, source),) = sources.items()
-        made_by = f"{model}, {name}, guidance {guidance:g}, seed {seed}"
+        made_by = (
+            f"{model} ({fingerprint(opened)}), tokenizer {fingerprint(decoder)}, {name}, guidance {guidance:g}, "
+            f"temperature {temperature:g}, confidence noise {confidence_noise:g}, seed {seed}"
+        )
         rows_asked = read_geneval_metadata(metadata)
         write_geneval_images(
             source, decoder, Path(images), rows_asked, made_by=made_by, seed=seed, batch_size=batch_size
@@ -246,6 +249,8 @@ def _protocol(
         raise ValueError("extractor: expected the folder of a classifier to go with data, got none")
     if num_classes and data.num_classes != num_classes:
         raise ValueError(f"data.num_classes: expected {num_classes} as the model has, got {data.num_classes}")
+    if not (Path(extractor) / CONFIG_NAME).is_file():
+        raise ValueError(f"extractor: expected the folder of a classifier, got {extractor!r}")
     return small_protocol(data, name=Path(extractor).name, epochs=8, folder=extractor)
 
 

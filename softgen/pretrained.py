@@ -234,8 +234,13 @@ def check_target(folder: Path) -> None:
     Raises:
         ValueError: If the folder exists and is something else.
     """
-    if folder.exists() and not (folder / CONFIG_NAME).exists() and not _is_empty(folder):
-        raise ValueError(f"save_pretrained: expected {folder} to be new or a saved module, got something else")
+    if not folder.exists() or _is_empty(folder):
+        return
+    try:
+        read_config(folder, key="save_pretrained")
+    except ValueError as error:
+        message = f"save_pretrained: expected {folder} to be new or a saved module, got something else"
+        raise ValueError(message) from error
 
 
 def _is_empty(path: Path) -> bool:

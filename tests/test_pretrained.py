@@ -65,10 +65,13 @@ def test_a_failed_save_leaves_the_old_folder(saved: Path) -> None:
     assert [path.name for path in saved.parent.iterdir()] == ["model"]
 
 
-def test_something_else_is_not_overwritten(tmp_path: Path) -> None:
+@pytest.mark.parametrize("config", [None, '{"architectures": ["CLIPModel"]}', "no JSON"])
+def test_something_else_is_not_overwritten(tmp_path: Path, config: str | None) -> None:
     folder = tmp_path / "photos"
     folder.mkdir()
     (folder / "cat.png").write_text("x")
+    if config is not None:
+        (folder / "config.json").write_text(config)
     message = one_line(lambda: model().save_pretrained(folder), "save_pretrained")
     assert message == f"save_pretrained: expected {folder} to be new or a saved module, got something else"
     assert (folder / "cat.png").exists()

@@ -63,3 +63,11 @@ def test_sample_and_evaluate(run: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert [row["name"] for row in rows] == ["maskgit_2", "maskgit_4"]
     assert all(row["protocol"] == "fd_digitsnet_40" for row in rows)
     assert "fd_digitsnet_40" in capsys.readouterr().out
+
+
+def test_a_classifier_of_ones_own_must_be_there(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [f"--model={run / '2_teacher/model'}", "--data=softgen.data.Digits", "--n=40", "--steps=[2]"]
+    with pytest.raises(SystemExit):
+        evaluate.main([*words, "--device=cpu", f"--extractor={tmp_path / 'extracter'}"])
+    assert "extractor: expected the folder of a classifier, got " in capsys.readouterr().err
+    assert not (tmp_path / "extracter").exists()

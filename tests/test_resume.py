@@ -43,9 +43,9 @@ def _teacher(folder: Path) -> str:
 
 
 def _options(stage: str, folder: Path) -> list[str]:
-    if stage == "tokenizer":
-        return TOKENIZER
-    extra = ["--trainer.accumulate_grad_batches=2"] if stage == "accumulating" else []
+    extra = ["--trainer.accumulate_grad_batches=2"] if stage.startswith("accumulating") else []
+    if "tokenizer" in stage:
+        return [*TOKENIZER, *extra]
     return [*DISTILL, *extra, f"--model.init_args.teacher={_teacher(folder)}"]
 
 
@@ -138,15 +138,24 @@ def _run_and_be_told_to_stop_after(batches: int, options: list[str], run_dir: Pa
     _fit(options, run_dir)
 
 
-@pytest.mark.parametrize(("batches", "step"), [(12, 7), (13, 7), (1, None)])
+@pytest.mark.parametrize(
+    ("stage", "batches", "step"),
+    [
+        ("accumulating", 12, 7),
+        ("accumulating", 13, 7),
+        ("accumulating", 1, None),
+        ("accumulating tokenizer", 8, 4),  # its codes have just begun
+        ("accumulating tokenizer", 13, 7),
+    ],
+)
 def test_a_run_that_is_told_to_stop_within_a_step_resumes_bit_equal(
-    batches: int, step: int | None, tmp_path: Path
+    stage: str, batches: int, step: int | None, tmp_path: Path
 ) -> None:
     """The gradients of a step that is not complete are lost, and its batches come again.
 
     An epoch of five batches has three steps, of two, two and one.
     """
-    options = _options("accumulating", tmp_path)
+    options = _options(stage, tmp_path)
     _fit(options, tmp_path / "whole")
     _in_child(lambda: _run_and_be_told_to_stop_after(batches, options, tmp_path / "told"))
     found = latest_checkpoint(tmp_path / "told")

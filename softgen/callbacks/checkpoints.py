@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch import Tensor
 
 PATTERN = "step_*.ckpt"
 
@@ -23,7 +25,7 @@ class ResumeCheckpoint(Checkpoint):
     checkpoint that is not the newest, sets those of later steps aside, as `checkpoints_before_1` and so on.
 
     A run that ends while gradients accumulate is resumed at the first batch of that optimizer step, since its gradients
-    are not kept.
+    are not kept; buffers that move with every batch, such as averaged codes, are kept as they were then.
 
     Args:
         run_dir: The run's folder.
@@ -42,12 +44,16 @@ class ResumeCheckpoint(Checkpoint):
         self._last_step = -1
         self._batches_of_step = 0
         self._final_step: float = -1
+        self._buffers: dict[str, Tensor] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Do not write again the checkpoint that was just loaded; set those that do not lead to this run aside."""
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
         self._written_step = self._last_step = trainer.global_step
         self._batches_of_step = 0
         self._final_step = trainer.estimated_stepping_batches
+        self._keep_buffers(trainer, pl_module)
         later = [path for path in self.folder.glob(PATTERN) if path.name > _name(trainer.global_step)]
         if later and trainer.is_global_zero:
             aside = next(
@@ -67,11 +73,25 @@ class ResumeCheckpoint(Checkpoint):
         step = trainer.global_step
         self._batches_of_step = 0 if step != self._last_step else self._batches_of_step + 1
         self._last_step = step
+        if self._batches_of_step == 0:
+            self._keep_buffers(trainer, pl_module)
         ending = step == self._final_step or trainer.should_stop or trainer.received_sigterm
         due = step % self.every_n_steps == 0 or ending
         if due and step != self._written_step:
             self._written_step = step
             self._write(trainer, self.folder / _name(step))
+
+    def _keep_buffers(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """As a complete optimizer step leaves them."""
+        if trainer.accumulate_grad_batches > 1:
+            self._buffers = {name: buffer.detach().clone() for name, buffer in pl_module.named_buffers()}
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write also where a validation ends the run (early stopping)."""
+        fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+        if fitting and trainer.should_stop and trainer.global_step != self._written_step:
+            self._written_step = trainer.global_step
+            self._write(trainer, self.folder / _name(trainer.global_step))
 
     def _write(self, trainer: Trainer, target: Path) -> None:
         scratch = target.with_name(f".{target.name}.partial")
@@ -87,16 +107,21 @@ class ResumeCheckpoint(Checkpoint):
                 old.unlink()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Take back the batches of an optimizer step that is not complete."""
+        """Take back the batches of an optimizer step that is not complete, and what they moved."""
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         for counts in (progress["total"], progress["current"]):
             for kind in counts:
                 counts[kind] -= self._batches_of_step
+        if self._batches_of_step:
+            state = checkpoint["state_dict"]
+            state.update({name: value for name, value in self._buffers.items() if name in state})
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Say how to go on after Ctrl-C or SIGTERM."""
+        """Say how to go on after Ctrl-C or SIGTERM, and from which step."""
         if isinstance(exception, (KeyboardInterrupt, SIGTERMException)) and trainer.is_global_zero:
-            print(f"interrupted at step {trainer.global_step}; go on with --ckpt_path last", file=sys.stderr)
+            newest = max(self.folder.glob(PATTERN), default=None)
+            hint = f"go on from {newest.name} with --ckpt_path last" if newest else "there is no checkpoint yet"
+            print(f"interrupted at step {trainer.global_step}; {hint}", file=sys.stderr)
 
 
 def _name(step: int) -> str:

@@ -277,6 +277,8 @@ class ImageDataModule(LightningDataModule):
         """Whole epochs and further batches that the run has done, by the trainer's restored progress."""
         if self.trainer is None or not self.trainer.training:
             return 0, 0
+        if self.trainer.overfit_batches:  # type: ignore[attr-defined]
+            return first_epoch()
         limit = self.trainer.limit_train_batches
         if isinstance(limit, float):
             limit = int(limit * batches_per_epoch)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 from softgen.data.base import SampleSource
@@ -19,3 +20,11 @@ def source_batches(source: SampleSource, *, batch_size: int = 256) -> Iterator[d
     """
     for start in range(0, len(source), batch_size):
         yield source.fetch(range(start, min(start + batch_size, len(source))))
+
+
+def random_indices(count: int, *, limit: int | None = None) -> list[int]:
+    """All of 0 to count - 1 or `limit` of them, in an order that is random and always the same.
+
+    Data often lie class after class: what a few samples shall stand for is not seen in the first of them.
+    """
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:limit].tolist()

@@ -54,7 +54,11 @@ class FashionMNIST(ImageDataModule):
         if self.download and self._find() is None:
             from torchvision.datasets import FashionMNIST as TorchvisionFashionMNIST
 
-            TorchvisionFashionMNIST(str(self.root), download=True)
+            try:
+                TorchvisionFashionMNIST(str(self.root), download=True)
+            except (RuntimeError, OSError) as error:
+                message = f"data.root: expected the four files of Fashion-MNIST in '{self.root}', or a download"
+                raise ValueError(f"{message}, got neither ({error})") from error
 
     def _find(self) -> list[Path] | None:
         """The four files in the order of `_FILES`, from the first folder that has them all."""

@@ -1,13 +1,18 @@
 """Image files that are read, scaled and cut when they are fetched."""
 
+import struct
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from softgen.random import derive_seed
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 IMAGE_SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp"))
 
@@ -59,13 +64,10 @@ class ImageFileSource:
 
 
 def is_readable_image(path: Path) -> bool:
-    """Whether the file opens as an image and all of it can be decoded (a truncated jpeg is found only so)."""
-    from PIL import Image
-
+    """Whether `read_image` can: the file opens, and all of it can be decoded (a truncated jpeg is found only so)."""
     try:
-        with Image.open(path) as image:
-            image.load()
-    except (OSError, SyntaxError, ValueError):  # PIL reports a broken png by SyntaxError
+        _open(path)
+    except ValueError:
         return False
     return True
 
@@ -84,13 +86,9 @@ def read_image(path: Path, *, image_size: int, resize: int) -> Tensor:
     Raises:
         ValueError: The file cannot be read.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
 
-    try:
-        with Image.open(path) as opened:
-            image = ImageOps.exif_transpose(opened).convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"data.root: expected an image, got '{path}', which cannot be read ({error})") from error
+    image = _open(path)
     scale = resize / min(image.size)
     width, height = (max(resize, round(edge * scale)) for edge in image.size)
     if (width, height) != image.size:
@@ -98,3 +96,15 @@ def read_image(path: Path, *, image_size: int, resize: int) -> Tensor:
     left, top = (width - image_size) // 2, (height - image_size) // 2
     pixels = np.array(image.crop((left, top, left + image_size, top + image_size)))
     return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
+
+
+def _open(path: Path) -> "Image":
+    """The whole image, turned as its EXIF says."""
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as opened:
+            return ImageOps.exif_transpose(opened).convert("RGB")
+    # PIL reports a broken png by SyntaxError, a broken EXIF block by struct.error.
+    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
+        raise ValueError(f"data.root: expected an image, got '{path}', which cannot be read ({error})") from error

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import move_data_to_device, rank_zero_warn
 from torch import Tensor
 
 from softgen.data.base import ImageDataModule, SampleSource
-from softgen.data.batches import source_batches
+from softgen.data.batches import random_indices
 from softgen.distributed import sum_over_ranks
 from softgen.relaxation import perplexity
 from softgen.training.stage import Stage
@@ -90,7 +90,7 @@ class CodeStage(Stage):
         self.log("val/codebook_used", usage.used)
         self.log("val/perplexity", usage.perplexity)
 
-    def on_train_end(self) -> None:
+    def finish(self) -> None:
         """Warn of a codebook of which a large part lies idle, with the averaged weights that are left behind."""
         data = getattr(self.trainer, "datamodule", None)
         if self.code_shape is None or not isinstance(data, ImageDataModule):
@@ -127,8 +127,7 @@ class CodeStage(Stage):
             self.train(was_training)
 
     def batches_of(self, source: SampleSource, *, limit: int | None = None) -> Iterator[Tensor]:
-        """Images (B, 3, H, W) of a source on the stage's device, all or about the first `limit`."""
-        for index, batch in enumerate(source_batches(source, batch_size=64)):
-            if limit is not None and index * 64 >= limit:
-                return
-            yield move_data_to_device(batch["image"], self.device)
+        """Images (B, 3, H, W) of a source on the stage's device, all or `limit` of them, whatever the data's order."""
+        order = random_indices(len(source), limit=limit)
+        for start in range(0, len(order), 64):
+            yield move_data_to_device(source.fetch(order[start : start + 64])["image"], self.device)

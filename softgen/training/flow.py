@@ -7,6 +7,7 @@ from lightning.pytorch.utilities import move_data_to_device, rank_zero_warn
 from torch import Tensor
 
 from softgen.data.base import Batch, ImageDataModule
+from softgen.data.batches import random_indices
 from softgen.data.token_cache import TokenCache
 from softgen.flow import FlowSampler, TimeLaw, draw_times, interpolate, velocity_loss
 from softgen.loading import check_latents, load_continuous_tokenizer
@@ -110,7 +111,7 @@ class FlowTraining(Stage):
         if not isinstance(data, ImageDataModule):
             return
         source = data.train_source()
-        batch = move_data_to_device(source.fetch(range(min(_CHECKED_IMAGES, len(source)))), self.device)
+        batch = move_data_to_device(source.fetch(random_indices(len(source), limit=_CHECKED_IMAGES)), self.device)
         latents = self._latents(batch["image"])
         mean, std = float(latents.mean()), float(latents.std())
         if abs(mean) > 0.5 or not 0.5 < std < 2:

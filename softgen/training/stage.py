@@ -70,6 +70,13 @@ class Stage(LightningModule, ABC):
         if isinstance(data, ImageDataModule):
             self.check_data(data)
 
+    def on_train_end(self) -> None:
+        """The product is finished."""
+        self.finish()
+
+    def finish(self) -> None:
+        """Measure what belongs to the finished product; also called where a resumed run had nothing left to train."""
+
     def check_data(self, data: ImageDataModule) -> None:
         """Raise ValueError, naming the key, if the data does not go with the models."""
 

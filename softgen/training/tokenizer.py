@@ -238,9 +238,9 @@ class TokenizerTraining(CodeStage):
             )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep whether the codes have started."""
+        """Keep whether the codes have started, in an optimizer step that is complete."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint["codes_started"] = self._codes_started
+        checkpoint["codes_started"] = self._codes_started and self.global_step > self.warmup_steps
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore whether the codes have started."""
@@ -280,9 +280,9 @@ class TokenizerTraining(CodeStage):
         mse = F.mse_loss(decoded, batch["image"])
         self.report_validation(batch, {"mse": mse})
 
-    def on_train_end(self) -> None:
+    def finish(self) -> None:
         """Also measure what generators normalise the latents by."""
-        super().on_train_end()
+        super().finish()
         data = getattr(self.trainer, "datamodule", None)
         if isinstance(self.tokenizer, SoftVQ) and isinstance(data, ImageDataModule):
             with self.finished():

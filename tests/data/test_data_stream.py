@@ -8,6 +8,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from softgen.data import Batch, ImageDataModule, OrdinalBatches, OrdinalStream, TensorSource, TrainVal
+from softgen.data.batches import random_indices
 
 Seen = list[tuple[list[int], list[int]]]
 
@@ -55,6 +56,7 @@ def fit(
     save_in: Path | None = None,
     resume_from: Path | None = None,
     limit: float | int = 1.0,
+    overfit: int = 0,
     num_workers: int = 0,
 ) -> tuple[Recorder, Trainer]:
     recorder = Recorder()
@@ -64,6 +66,7 @@ def fit(
         max_steps=max_steps,
         max_epochs=-1,
         limit_train_batches=limit,
+        overfit_batches=overfit,
         logger=False,
         callbacks=callbacks,
         enable_checkpointing=save_in is not None,
@@ -209,6 +212,12 @@ def test_an_interrupted_run_sees_the_rest(stop: int, tmp_path: Path) -> None:
     assert rest.train_seen == whole.train_seen[stop:]
 
 
+def test_batches_to_overfit_are_the_same_in_every_epoch() -> None:
+    recorder, _ = fit(6, overfit=2)
+    assert recorder.train_seen[:2] == recorder.train_seen[2:4] == recorder.train_seen[4:]
+    assert recorder.train_seen[0] != recorder.train_seen[1]
+
+
 def test_loader_processes_resume_alike(tmp_path: Path) -> None:
     whole, _ = fit(6, save_in=tmp_path)
     rest, _ = fit(6, resume_from=tmp_path / "step=3.ckpt", num_workers=1)
@@ -220,3 +229,10 @@ def test_tensor_source_works_in_a_stream() -> None:
     batch = OrdinalStream(source, seed=0, epoch_length=3).__getitems__([2, 0])
     assert batch["image"].shape == (2, 3, 2, 2)
     assert batch["label"].tolist() == batch["index"]
+
+
+def test_samples_that_stand_for_all_are_drawn_the_same_way_every_time() -> None:
+    assert sorted(random_indices(50)) == list(range(50))
+    few = random_indices(50, limit=10)
+    assert few == random_indices(50)[:10]
+    assert max(few) > 30

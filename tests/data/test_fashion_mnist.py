@@ -58,6 +58,17 @@ def test_a_limit_below_one_is_refused() -> None:
         FashionMNIST(limit=0)
 
 
+def test_no_files_and_no_network_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(*_: object, **__: object) -> None:
+        raise RuntimeError("Error downloading train-images-idx3-ubyte.gz:\nTried a mirror, got no route to host")
+
+    monkeypatch.setattr("torchvision.datasets.FashionMNIST", download)
+    with pytest.raises(
+        ValueError, match=r"^data.root: expected the four files of Fashion-MNIST in '.*', or a download"
+    ):
+        FashionMNIST(tmp_path).prepare_data()
+
+
 def test_missing_files_are_named(tmp_path: Path) -> None:
     write_files(tmp_path)
     (tmp_path / "t10k-labels-idx1-ubyte.gz").unlink()

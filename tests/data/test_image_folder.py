@@ -98,6 +98,21 @@ def test_corrupt_images_are_skipped_with_one_warning(two_classes: Path) -> None:
     assert len(data.train_source()) + len(data.val_source()) == 18
 
 
+@pytest.mark.parametrize("exif", [b"Exif\0\0no TIFF header", b"II*\0"])
+def test_a_damaged_exif_block_is_found_with_the_others(exif: bytes, two_classes: Path) -> None:
+    bad = two_classes / "ant" / "exif.png"
+    Image.new("RGB", (8, 8)).save(bad, exif=exif)
+    with pytest.warns(UserWarning, match=r"skipped 1 corrupt image\(s\)"):
+        assert len(ImageFolder(two_classes, image_size=8, val_fraction=0.2).train_source()) == 16
+
+
+def test_an_image_too_large_to_open_is_skipped(two_classes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(two_classes / "ant" / "large.png", size=(40, 40))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 700)  # twice as many are an error
+    with pytest.warns(UserWarning, match=r"skipped 1 corrupt image\(s\)"):
+        assert len(ImageFolder(two_classes, image_size=8, val_fraction=0.2).train_source()) == 16
+
+
 def test_strict_refuses_a_corrupt_image(two_classes: Path) -> None:
     bad = two_classes / "cat" / "4.png"
     bad.write_bytes(b"")

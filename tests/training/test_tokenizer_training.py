@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
-from softgen.callbacks import ResumeCheckpoint, StudentEMA
+from softgen.callbacks import ExportModel, ResumeCheckpoint, StudentEMA, latest_checkpoint
 from softgen.data import Digits
 from softgen.data.base import Batch
 from softgen.metrics import SmallClassifier
@@ -294,6 +294,27 @@ def test_idle_codes_are_told_of_once(monkeypatch: pytest.MonkeyPatch) -> None:
     said = [str(warning.message) for warning in caught if "of its codes are used" in str(warning.message)]
     assert len(said) == 1
     assert said[0].startswith("tokenizer: 40.0% of its codes are used on ")
+
+
+def test_a_finished_run_that_is_resumed_leaves_the_same_model(tmp_path: Path) -> None:
+    """Nothing is left to train: the statistics of the latents, which no checkpoint holds, are measured all the same."""
+    found = []
+    for path in (None, "last"):
+        stage = build()
+        trainer = Trainer(
+            accelerator="cpu",
+            max_steps=2,
+            callbacks=[ExportModel(run_dir=str(tmp_path)), ResumeCheckpoint(run_dir=str(tmp_path))],
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+        )
+        checkpoint = latest_checkpoint(tmp_path) if path else None
+        trainer.fit(stage, datamodule=Digits(batch_size=64), ckpt_path=checkpoint, weights_only=True)
+        found.append((tmp_path / "model" / "config.json").read_text())
+    assert '"latent_mean": 0.0' not in found[0]
+    assert found[0] == found[1]
 
 
 def test_usage_and_perplexity_are_logged() -> None:
