@@ -121,6 +121,7 @@ def benchmark(
     guided = scale != recipe_guidance()
     options = [f"--guidance {scale:g}", f"--start_steps {start_steps}"] if guided else []
     options += [f"--steps {steps}", f"--critic_steps {critic_steps}"]
+    options += [] if tteo_n else ["--tteo_n 0"]
     options += [] if only is None else [f"--only '{json.dumps(only)}'"]
     content = {
         "command": " ".join(["python benchmarks/soft_dimo.py --data_root FOLDER", *options]),

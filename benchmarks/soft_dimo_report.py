@@ -176,15 +176,19 @@ def _claims(arms: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
         gain = _mean(arms["gan_soft"], "recall") - _mean(arms["control"], "recall")
         lines.append(f"| Di[M]O + GAN: recall above the control's | | **{gain:+.3f}** | above 0 | {_yes(gain > 0)} |")
     trained = [name for name in arms if not name.endswith("start")]
-    best = min((name for name in trained if name.startswith("gan_")), key=lambda name: _mean(arms[name], "fd"))
+    adversarial = [name for name in trained if name.startswith("gan_")]
+    if adversarial and "control" in arms:
+        best = min(adversarial, key=lambda name: _mean(arms[name], "fd"))
+        ratio = _mean(arms[best], "fd") / _mean(arms["control"], "fd")
+        chosen = f"Best of the arms with a GAN, chosen on these figures: {best}, {ratio:.2f} x the control. "
+    else:
+        chosen = ""
     before = _mean(arms["start"], "accuracy")
     fallen = [name for name in trained if _mean(arms[name], "accuracy") < before - 0.02]
     return [
         *lines,
         "",
-        f"Best of the arms with a GAN, chosen on these figures: {best}, "
-        f"{_mean(arms[best], 'fd') / _mean(arms['control'], 'fd'):.2f} x the control. "
-        f"Class accuracy more than two points below the start's: {', '.join(fallen) or 'none'}.",
+        f"{chosen}Class accuracy more than two points below the start's: {', '.join(fallen) or 'none'}.",
     ]
 
 
