@@ -270,6 +270,8 @@ def test_genevals_own_folders_and_results(folder: Path, tmp_path: Path, capsys: 
     words: dict[str, Any] = {"model": f"{folder}/teacher/model", "task": "geneval", "metadata": str(metadata)}
     for name, batch_size in (("one", 4), ("many", 256)):
         evaluate(**words, images=str(tmp_path / name), batch_size=batch_size, steps=[2], device="cpu")
+    with pytest.raises(ValueError, match=r"temperature 0\.7, .* got '.*temperature 1, .*take another folder"):
+        evaluate(**words, images=str(tmp_path / "one"), steps=[2], device="cpu", temperature=0.7)
     files = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").glob("0*/samples/*.png"))
     assert [str(path) for path in files[:5]] == [
         *(f"00000/samples/000{i}.png" for i in range(4)),
