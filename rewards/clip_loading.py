@@ -2,6 +2,7 @@
 
 import difflib
 import importlib.util
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,7 +165,24 @@ def _checkpoint(files: list[Path], source: Path) -> str:
     if len(found) != 1 or found[0].suffix not in _SUFFIXES:
         names = ", ".join(file.name for file in found) or "none"
         raise ValueError(f"pretrained: expected one file of {', '.join(_SUFFIXES)} at {source}, got {names}")
+    if not _is_whole(found[0]):
+        raise ValueError(f"pretrained: expected a whole file of weights, got {found[0]}")
     return str(found[0])
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a file looks like weights: told before a model of gigabytes is built for it."""
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="pt"):
+                return True
+        except (SafetensorError, OSError):
+            return False
+    with path.open("rb") as file:
+        older = file.read(1) == b"\x80"  # torch's format before 1.6
+    return older or zipfile.is_zipfile(path)
 
 
 def _preprocessing(config: Mapping[str, Any], model_name: str) -> Preprocessing:

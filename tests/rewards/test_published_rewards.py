@@ -129,6 +129,19 @@ def test_wrong_checkpoints_are_one_line(name: str, tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["broken.pt", "broken.safetensors"])
+def test_no_clip_is_built_for_a_file_that_is_no_checkpoint(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def create_model(*_: object, **__: object) -> None:
+        raise AssertionError("built")
+
+    monkeypatch.setattr("open_clip.create_model", create_model)
+    (tmp_path / name).write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=rf"^pretrained: expected a whole file of weights, got .*{name}$"):
+        HPSv2Reward(str(tmp_path / name))
+
+
 def test_keys_that_do_not_fit_are_named(tmp_path: Path) -> None:
     build("hpsv3", tmp_path)
     state = load_file(tmp_path / "HPSv3.safetensors")
