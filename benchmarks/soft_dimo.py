@@ -56,6 +56,7 @@ from softgen.sampling import MaskGITSampler
 from softgen.tokenizers.base import ImageTokenizer
 
 GUIDED_STEPS = (1, 8)
+"""Passes of the teacher that are scored under another guidance than the recipe's."""
 
 
 def benchmark(
@@ -91,7 +92,7 @@ def benchmark(
         tteo_n: Images that TTEO optimises.
         note: What else a reader must know of these runs; goes into the table.
     """
-    root, scale = Path(out) / DATA, guidance or recipe_guidance()
+    root, scale = Path(out) / DATA, recipe_guidance() if guidance is None else guidance
     settings = [
         Setting(seed, root, data_root, scale, start_steps, steps, critic_steps, early_steps, n) for seed in seeds
     ]
