@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from softgen.cli import run_command
-from softgen.evaluate import write_json
+from softgen.files import write_json
 from softgen.relaxation import NeighbourTable, neighbour_cross_entropy, soft_embedding
 
 RESULTS = Path(__file__).parent / "results"

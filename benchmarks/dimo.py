@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from softgen import load_generator, load_model, load_tokenizer
+from softgen.class_evaluation import named_protocol
 from softgen.cli import run_command
-from softgen.evaluate import named_protocol, write_json
+from softgen.files import write_json
 from softgen.generation import balanced_labels, generate, one_step_tokens
 from softgen.guidance import guided_logits
 from softgen.images import save_grid

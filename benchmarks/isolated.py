@@ -85,7 +85,7 @@ def isolated(*, rounds: int = 30, clip_rounds: int = 8, seed: int = 0) -> None:
         "system": f"{platform.system()} {platform.machine()}",
         "cases": cases,
     }
-    from softgen.evaluate import write_json
+    from softgen.files import write_json
 
     write_json(RESULTS / "isolated.json", content)
     (RESULTS / "isolated.md").write_text(report(content))

@@ -264,7 +264,7 @@ def maskgit_256(
     for key, value in (("rounds", rounds), ("step_rounds", step_rounds), ("steps", steps), ("threads", threads)):
         if value < 1:
             raise ValueError(f"{key}: expected at least 1, got {value}")
-    from softgen.evaluate import write_json
+    from softgen.files import write_json
 
     opening = measure_openings(rounds)
     step = measure_steps(step_rounds, steps, threads)

@@ -23,7 +23,7 @@ from softgen import load_generator, load_model, load_tokenizer
 from softgen.cli import run_command
 from softgen.data import OpenMoji
 from softgen.data.openmoji import OpenMojiSource
-from softgen.evaluate import write_json
+from softgen.files import write_json
 from softgen.generation import generate, one_step_tokens, teacher_tokens
 from softgen.images import to_uint8
 from softgen.metrics import FeatureStatistics, frechet_distance

@@ -16,7 +16,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from softgen.evaluate import write_json
+from softgen.files import write_json
 from softgen.models import OpenCLIP
 from softgen.pretrained import Pretrained
 

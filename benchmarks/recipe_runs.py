@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from softgen.class_evaluation import named_protocol
 from softgen.classifier import RECIPES, named_data
-from softgen.evaluate import named_protocol
 from softgen.metrics import FeatureStatistics, train_classifier
 from softgen.metrics.features import extract_features
 from softgen.metrics.protocol import Protocol

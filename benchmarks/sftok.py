@@ -31,7 +31,7 @@ from sftok_runs import (
 )
 
 from softgen.cli import run_command
-from softgen.evaluate import write_json
+from softgen.files import write_json
 
 CHAIN = ("fine_tuned", "teacher", "dimo")
 

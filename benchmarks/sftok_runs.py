@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from softgen.classifier import named_data
-from softgen.evaluate import write_json
+from softgen.files import write_json
 from softgen.generation import TokenSource, balanced_labels, generate, one_step_tokens, teacher_tokens
 from softgen.loading import load_generator, load_model, load_tokenizer
 from softgen.metrics import FeatureStatistics, frechet_distance

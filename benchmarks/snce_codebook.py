@@ -23,9 +23,10 @@ import yaml
 from torch import Tensor
 
 from softgen import load_tokenizer
+from softgen.class_evaluation import named_protocol
 from softgen.classifier import named_data
 from softgen.cli import run_command
-from softgen.evaluate import named_protocol, write_json
+from softgen.files import write_json
 from softgen.generation import autoregressive_tokens, balanced_labels, generate, teacher_tokens
 from softgen.images import save_grid
 from softgen.masking import exact_mask

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from softgen.cli import run_command
-from softgen.evaluate import write_json
+from softgen.files import write_json
 from softgen.relaxation import neighbour_distribution
 
 RESULTS = Path(__file__).parent / "results"

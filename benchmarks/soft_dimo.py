@@ -42,10 +42,11 @@ from soft_dimo_tteo import measure_tteo
 from rewards import ClassifierReward
 from softgen import load_model, load_tokenizer
 from softgen.categorical import sample_categorical
+from softgen.class_evaluation import named_protocol
 from softgen.classifier import classifier, named_data
 from softgen.cli import run_command
 from softgen.data import write_token_cache
-from softgen.evaluate import named_protocol, write_json
+from softgen.files import write_json
 from softgen.generation import balanced_labels, generate, one_step_tokens, teacher_tokens
 from softgen.metrics import SmallClassifier, class_log_probability
 from softgen.metrics.protocol import Protocol

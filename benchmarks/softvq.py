@@ -35,7 +35,7 @@ from softvq_runs import (
 )
 
 from softgen.cli import run_command
-from softgen.evaluate import write_json
+from softgen.files import write_json
 
 
 def benchmark(

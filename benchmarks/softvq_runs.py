@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from softgen.classifier import named_data
 from softgen.data import OpenMoji
-from softgen.evaluate import write_json
+from softgen.files import write_json
 from softgen.flow import FlowSampler
 from softgen.generation import balanced_labels, flow_latents, generate
 from softgen.loading import load_continuous_tokenizer

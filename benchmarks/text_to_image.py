@@ -39,7 +39,7 @@ from softgen import load_generator, load_model, load_tokenizer
 from softgen.cli import run_command
 from softgen.data import Shapes
 from softgen.data.scenes import TASKS, shapes_prompts
-from softgen.evaluate import write_json
+from softgen.files import write_json
 from softgen.generation import generate, one_step_tokens, teacher_tokens
 from softgen.images import save_grid
 from softgen.metrics import FeatureStatistics, ShapesGenEval, frechet_distance

@@ -1,36 +1,33 @@
 """Score a teacher or a one-step generator: `python -m softgen.evaluate --model runs/digits/3_dimo/model`."""
 
-import json
-import os
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from softgen.classifier import RECIPES, named_data
+from softgen.class_evaluation import default_n, protocol_of, score_classes
 from softgen.cli import run_command
 from softgen.data.base import ImageDataModule
+from softgen.files import write_json
 from softgen.flow import FlowSampler
 from softgen.generation import (
     TokenSource,
     autoregressive_tokens,
-    balanced_labels,
     flow_latents,
-    generate,
     one_step_tokens,
     teacher_tokens,
 )
 from softgen.geneval import read_geneval_metadata, read_geneval_results
 from softgen.guidance import check_guidance
 from softgen.loading import check_compatible, check_latents, load_continuous_tokenizer, load_tokenizer
-from softgen.metrics.protocol import Protocol, small_protocol
 from softgen.models.autoregressive import AutoregressiveTransformer
 from softgen.models.base import MaskedDiffusionModel
 from softgen.models.generator import OneStepGenerator
 from softgen.models.sit import SiT
-from softgen.pretrained import CONFIG_NAME, Pretrained, fingerprint
+from softgen.pretrained import Pretrained, fingerprint
 from softgen.prompt_evaluation import (
     check_text_conditional,
     open_clip_model,
@@ -46,26 +43,10 @@ from softgen.sample import (
     choose_device,
     flow_method,
 )
+from softgen.samplers import published_sampler
 from softgen.sampling import AutoregressiveSampler, HaltonSampler, MaskGITSampler
-from softgen.tokenizers.base import ImageTokenizer
-from softgen.tokenizers.continuous import ContinuousTokenizer
 
 PROGRAM = "softgen.evaluate"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of a table: `fd` is the Frechet distance that the protocol names."""
-
-    name: str
-    protocol: str
-    fd: float
-    n: int
-    accuracy: float | None
-    precision: float | None
-    recall: float | None
-    entropy_score: float | None
-    seconds: float
 
 
 def evaluate(
@@ -79,11 +60,13 @@ def evaluate(
     data_name: Literal["digits", "fashion_mnist"] = "digits",
     data_root: str = "data/fashion_mnist",
     extractor: str | None = None,
+    statistics: str | None = None,
+    inception_weights: str | None = None,
     clip: str | None = None,
     tokenizer: str | None = None,
     n: int = 0,
     steps: list[int] = [8],  # noqa: B006 - never changed; jsonargparse shows it
-    sampler: Literal["maskgit", "halton", "heun", "euler"] | None = None,
+    sampler: Literal["maskgit", "halton", "published", "heun", "euler"] | None = None,
     guidance: float = 1.0,
     guidance_interval: tuple[float, float] = (0.0, 1.0),
     confidence_noise: float = 4.5,
@@ -105,16 +88,22 @@ def evaluate(
         metadata: For `geneval`: its evaluation_metadata.jsonl.
         images: For `geneval`: folder to write four images of every prompt to, in its own layout.
         results: For `geneval`: the evaluator's result file, read back into a table; takes no model.
-        data: Real images, as a data module (class_path and init_args); with it, `extractor` is required to exist.
+        data: Real images, as a data module (class_path and init_args); with it, `extractor` is required.
         data_name: Real images known by name, where `data` is not given.
         data_root: Folder of Fashion-MNIST's files.
-        extractor: Folder of the classifier whose features are compared; by default runs/<data_name>/extractor, where
-            it is trained (fixed seed, under a minute) if it is not there yet.
+        extractor: Folder of the classifier whose features are compared (`softgen.classifier` leaves one); by default
+            runs/<data_name>/extractor, where it is trained (fixed seed, under a minute) if it is not there yet. Or
+            `inception`, for a published FID: the network, the rounding and the stretching of ADM's evaluator.
+        statistics: For `inception`, in place of `data`: .npz with `mu` and `sigma` of the real images, such as ADM's
+            VIRTUAL_imagenet256_labeled.npz.
+        inception_weights: For `inception`: file of its weights (pt_inception-2015-12-05-6726825d.pth); by default it
+            is downloaded once.
         clip: For `shapes`: folder of a CLIP, whose mean cosine of picture and prompt is added.
         tokenizer: Folder or hub id; by default the one beside the model.
-        n: Number of samples; 0 takes 1797 for digits, 1000 for prompts and 10,000 otherwise.
+        n: Number of samples; 0 takes 1797 for digits, 1000 for prompts, 50,000 for `inception`, else 10,000.
         steps: For a teacher or a SiT, one row for each number of steps.
-        sampler: `maskgit` (by default) or `halton`; of a SiT `heun` (by default) or `euler`.
+        sampler: `maskgit` (by default) or `halton`; or `published`, that of a published model's authors at their
+            settings, which takes no steps, guidance, noise or temperature. Of a SiT `heun` (by default) or `euler`.
         guidance: Scale of classifier-free guidance; 1 is off.
         guidance_interval: Times of a SiT within which guidance is on; 0 is the data and 1 is noise.
         confidence_noise: Gumbel noise on the ranking of `maskgit`.
@@ -137,7 +126,8 @@ def evaluate(
         missing = "metadata" if metadata is None else "images"
         raise ValueError(f"{missing}: expected a path for task geneval, got none")
     if not n:
-        n = 1000 if task == "shapes" else 1797 if data is None and data_name == "digits" else 10_000
+        is_digits = data is None and data_name == "digits"
+        n = 1000 if task == "shapes" else default_n(extractor=extractor, is_digits=is_digits)
     check_positive(n=n, batch_size=batch_size, threads=1 if threads is None else threads)
     check_finite(temperature=temperature, confidence_noise=confidence_noise)
     if not steps:
@@ -147,6 +137,16 @@ def evaluate(
     if threads is not None:
         torch.set_num_threads(threads)
     target = choose_device(device)
+    protocol_for = partial(
+        protocol_of,
+        data=data,
+        data_name=data_name,
+        data_root=data_root,
+        extractor=extractor,
+        statistics=statistics,
+        inception_weights=inception_weights,
+        device=target,
+    )
     opened = Pretrained.from_pretrained(model, key="model").to(target)
     beside = tokenizer if tokenizer is not None else model
     if isinstance(opened, SiT):
@@ -164,11 +164,11 @@ def evaluate(
             flow.check(opened)
         if out is not None:
             check_writable(Path(out).parent)
-        _score_classes(
+        score_classes(
             {f"{flow.method}_{count}": flow_latents(opened, flow, latents) for count, flow in flows.items()},
             latents,
             num_classes=opened.num_classes,
-            protocol=_protocol(opened.num_classes, data, data_name, data_root, extractor),
+            protocol=protocol_for(opened.num_classes, latents.image_size),
             n=n,
             seed=seed,
             batch_size=batch_size,
@@ -184,7 +184,7 @@ def evaluate(
     sources = _sources(
         opened,
         steps=steps,
-        sampler="halton" if sampler == "halton" else "maskgit",
+        sampler=sampler or "maskgit",
         guidance=guidance,
         confidence_noise=confidence_noise,
         temperature=temperature,
@@ -194,7 +194,7 @@ def evaluate(
     facts = {"model": model, "seed": seed, "guidance": guidance}
     if task == "shapes":
         check_text_conditional(backbone, task=task)
-        judge = open_clip_model(clip)
+        judge = open_clip_model(clip, image_size=decoder.image_size)
         drawn = shapes_rows(
             sources, decoder, n=n, seed=seed, batch_size=batch_size, clip=None if judge is None else judge.to(target)
         )
@@ -222,61 +222,17 @@ def evaluate(
         return
     if backbone.text_encoder is not None:
         raise ValueError(f"task: expected shapes or geneval for a text-conditional model, got {task}")
-    _score_classes(
+    score_classes(
         sources,
         decoder,
         num_classes=backbone.num_classes,
-        protocol=_protocol(backbone.num_classes, data, data_name, data_root, extractor),
+        protocol=protocol_for(backbone.num_classes, decoder.image_size),
         n=n,
         seed=seed,
         batch_size=batch_size,
         out=out,
         facts=facts,
     )
-
-
-def _protocol(
-    num_classes: int,
-    data: ImageDataModule | None,
-    data_name: Literal["digits", "fashion_mnist"],
-    data_root: str,
-    extractor: str | None,
-) -> Protocol:
-    """What real images the samples are compared with, and through which classifier."""
-    if data is None:
-        return named_protocol(data_name, data_root=data_root, folder=extractor)
-    if extractor is None:
-        raise ValueError("extractor: expected the folder of a classifier to go with data, got none")
-    if num_classes and data.num_classes != num_classes:
-        raise ValueError(f"data.num_classes: expected {num_classes} as the model has, got {data.num_classes}")
-    if not (Path(extractor) / CONFIG_NAME).is_file():
-        raise ValueError(f"extractor: expected the folder of a classifier, got {extractor!r}")
-    return small_protocol(data, name=Path(extractor).name, epochs=8, folder=extractor)
-
-
-def _score_classes(
-    sources: Mapping[str, TokenSource],
-    decoder: ImageTokenizer | ContinuousTokenizer,
-    *,
-    num_classes: int,
-    protocol: Protocol,
-    n: int,
-    seed: int,
-    batch_size: int,
-    out: str | None,
-    facts: Mapping[str, object],
-) -> None:
-    """Sample, score and print a row a source."""
-    rows = []
-    labels = balanced_labels(n, num_classes=num_classes)
-    for name, source in sources.items():
-        made = generate(source, decoder, labels, seed=seed, batch_size=batch_size, progress=name)
-        quality = protocol.score(made.images, labels if num_classes else None)
-        row = Row(name=name, protocol=protocol.name(n), seconds=round(made.seconds, 3), **asdict(quality))
-        rows.append(row)
-        print(_line(row))
-    if out is not None:
-        write_json(Path(out), {**facts, "rows": [asdict(row) for row in rows]})
 
 
 def print_geneval_results(results: str, *, metadata: str | None, out: str | None) -> None:
@@ -297,7 +253,7 @@ def _sources(
     opened: Pretrained,
     *,
     steps: Sequence[int],
-    sampler: Literal["maskgit", "halton"],
+    sampler: str,
     guidance: float,
     confidence_noise: float,
     temperature: float,
@@ -309,55 +265,18 @@ def _sources(
         sampling = AutoregressiveSampler(temperature=temperature, guidance=guidance)
         return {"autoregressive": autoregressive_tokens(opened, sampling)}
     assert isinstance(opened, MaskedDiffusionModel)
+    if sampler == "published":
+        return {"published": teacher_tokens(opened, published_sampler(opened))}
     sources = {}
     for count in steps:
         chosen: MaskGITSampler | HaltonSampler = HaltonSampler(steps=count, guidance=guidance, temperature=temperature)
-        if sampler == "maskgit":
+        if sampler != "halton":
             chosen = MaskGITSampler(
                 steps=count, guidance=guidance, confidence_noise=confidence_noise, temperature=temperature
             )
         chosen.plan(opened)  # refused before any work
         sources[f"{sampler}_{count}"] = teacher_tokens(opened, chosen)
     return sources
-
-
-def named_protocol(
-    name: Literal["digits", "fashion_mnist"],
-    *,
-    data_root: str,
-    folder: str | None = None,
-    progress: bool = True,
-) -> Protocol:
-    """The protocol of a data set that comes with the toolkit: `digitsnet` or `fashionnet`."""
-    from softgen.data import Digits
-
-    recipe = RECIPES[name]
-    return small_protocol(
-        named_data(name, data_root=data_root),
-        name=recipe.name,
-        epochs=recipe.epochs,
-        width=recipe.width,
-        folder=folder if folder is not None else f"runs/{name}/extractor",
-        reference=Digits(train_on_all=True) if name == "digits" else None,
-        progress=progress,
-    )
-
-
-def write_json(path: Path, content: object) -> None:
-    """Write a JSON file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.partial")
-    scratch.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(scratch, path)
-
-
-def _line(row: Row) -> str:
-    parts = [f"{row.name:12s} {row.protocol} {row.fd:.3f}"]
-    for key in ("accuracy", "precision", "recall", "entropy_score"):
-        value = getattr(row, key)
-        if value is not None:
-            parts.append(f"{key} {value:.3f}")
-    return "  ".join([*parts, f"n {row.n}", f"sampling {row.seconds:.1f} s"])
 
 
 def main(args: list[str] | None = None) -> None:

@@ -1,5 +1,6 @@
-"""Writing tensors so that a reader sees the old file or the new one, never half of it."""
+"""Writing files so that a reader sees the old one or the new one, never half of it."""
 
+import json
 import os
 import uuid
 from collections.abc import Mapping
@@ -15,6 +16,17 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         temporary.write_bytes(save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write a JSON file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        temporary.write_text(json.dumps(content, indent=2) + "\n")
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

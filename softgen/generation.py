@@ -52,7 +52,6 @@ def flow_latents(model: SiT, sampler: FlowSampler, tokenizer: ContinuousTokenize
     return lambda asked, noise: tokenizer.denormalise(sampler(model, model.encode(asked), noise))
 
 
-@torch.inference_mode()
 def generate(
     tokens_of: TokenSource,
     tokenizer: ImageTokenizer | ContinuousTokenizer,
@@ -63,7 +62,25 @@ def generate(
     progress: str | None = None,
     first: int = 0,
 ) -> Generated:
-    """Sample one image a label, or a prompt.
+    """Sample one image a label, or a prompt; arguments as `generate_batches`."""
+    parts = list(
+        generate_batches(tokens_of, tokenizer, asked, seed=seed, batch_size=batch_size, progress=progress, first=first)
+    )
+    return Generated(images=torch.cat([part.images for part in parts]), seconds=sum(part.seconds for part in parts))
+
+
+@torch.inference_mode()
+def generate_batches(
+    tokens_of: TokenSource,
+    tokenizer: ImageTokenizer | ContinuousTokenizer,
+    asked: Asked,
+    *,
+    seed: int,
+    batch_size: int = 256,
+    progress: str | None = None,
+    first: int = 0,
+) -> Iterator[Generated]:
+    """Sample one image a label, or a prompt, and give them batch by batch: many large images do not fit in memory.
 
     Args:
         tokens_of: From `teacher_tokens`, `one_step_tokens` or `flow_latents`.
@@ -71,8 +88,8 @@ def generate(
         asked: Labels (n,) int64, or n prompts.
         seed: Image i depends on (seed, first + i) alone.
         batch_size: Images a pass.
-        first: Number of the first image, for those that are made in several calls.
         progress: Text of a progress bar; None shows none.
+        first: Number of the first image, for those that are made in several calls.
 
     Raises:
         ValueError: One text is given instead of a list of them.
@@ -80,7 +97,6 @@ def generate(
     if isinstance(asked, str):
         raise ValueError(f"asked: expected a list of prompts, got the text {asked!r}")
     device = tokenizer.codebook.device if isinstance(tokenizer, ImageTokenizer) else next(tokenizer.parameters()).device
-    images, seconds = [], 0.0
     for ordinals in tqdm(list(_slices(len(asked), batch_size)), desc=progress, disable=progress is None):
         numbers = range(first + ordinals.start, first + ordinals.stop)
         noise = SampleRandom(derive_seed(seed, "generate"), numbers, device=device)
@@ -90,9 +106,8 @@ def generate(
         start = time.perf_counter()
         tokens = tokens_of(batch, noise)
         _wait(device)
-        seconds += time.perf_counter() - start
-        images.append(tokenizer.under(batch).decode(tokens).float().cpu())
-    return Generated(images=torch.cat(images), seconds=seconds)
+        seconds = time.perf_counter() - start
+        yield Generated(images=tokenizer.under(batch).decode(tokens).float().cpu(), seconds=seconds)
 
 
 def _wait(device: torch.device) -> None:

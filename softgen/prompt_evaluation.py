@@ -52,15 +52,18 @@ def check_text_conditional(backbone: ImageCodeModel, *, task: str) -> None:
         raise ValueError(f"task: expected classes for a class-conditional model, got {task}")
 
 
-def open_clip_model(folder: str | None) -> OpenCLIP | None:
-    """The CLIP in a folder of ours.
+def open_clip_model(folder: str | None, *, image_size: int) -> OpenCLIP | None:
+    """The CLIP in a folder of ours, for images of that many pixels a side; None without a folder.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If there is none, or one for images of another size.
     """
     if folder is None:
         return None
-    return OpenCLIP.from_pretrained(folder, key="clip")
+    clip = OpenCLIP.from_pretrained(folder, key="clip")
+    if clip.image_size != image_size:
+        raise ValueError(f"clip: expected a CLIP for images of {image_size} pixels, got one for {clip.image_size}")
+    return clip
 
 
 @torch.inference_mode()

@@ -12,10 +12,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from softgen.callbacks import latest_checkpoint
+from softgen.class_evaluation import named_protocol
 from softgen.classifier import classifier
 from softgen.cli import fail, run_command
 from softgen.data.base import ImageDataModule
-from softgen.evaluate import named_protocol, write_json
+from softgen.files import write_json
 from softgen.generation import (
     Generated,
     TokenSource,

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -19,7 +19,7 @@ from softgen.generation import (
     autoregressive_tokens,
     balanced_labels,
     flow_latents,
-    generate,
+    generate_batches,
     one_step_tokens,
     teacher_tokens,
 )
@@ -109,7 +109,7 @@ def sample(
         check_latents(opened, latents)
         classes = wanted_labels(labels, n=n, num_classes=opened.num_classes)
         check_writable(Path(out))
-        made = generate(
+        made = generate_batches(
             flow_latents(opened, flow, latents), latents, classes, seed=seed, batch_size=batch_size, progress="sampling"
         )
         _write(made, Path(out), columns=columns, save_images=save_images)
@@ -140,8 +140,8 @@ def sample(
         tokens_of = teacher_tokens(backbone, chosen)
     wanted = wanted_conditions(backbone, n=n, labels=labels, prompts=prompts_of(prompts, prompt_file))
     check_writable(Path(out))
-    result = generate(tokens_of, decoder, wanted, seed=seed, batch_size=batch_size, progress="sampling")
-    _write(result, Path(out), columns=columns, save_images=save_images)
+    drawn = generate_batches(tokens_of, decoder, wanted, seed=seed, batch_size=batch_size, progress="sampling")
+    _write(drawn, Path(out), columns=columns, save_images=save_images)
 
 
 def flow_method(sampler: str | None) -> Method:
@@ -279,13 +279,18 @@ def check_positive(**counts: int) -> None:
             raise ValueError(f"{name}: expected at least 1, got {value}")
 
 
-def _write(made: Generated, folder: Path, *, columns: int, save_images: bool) -> None:
-    images = made.images
-    save_grid(images[: columns * columns], folder / "grid.png", columns=columns)
-    if save_images:
-        for index, image in enumerate(images):
-            save_image(image, folder / "images" / f"{index:05d}.png")
-    print(f"{len(images)} images in {made.seconds:.2f} s of sampling: {folder / 'grid.png'}")
+def _write(batches: Iterable[Generated], folder: Path, *, columns: int, save_images: bool) -> None:
+    """Images as they come; of all of them no more are held than the grid shows."""
+    count, seconds = 0, 0.0
+    shown: list[Tensor] = []
+    for batch in batches:
+        shown.append(batch.images[: max(0, columns * columns - count)])
+        if save_images:
+            for index, image in enumerate(batch.images, start=count):
+                save_image(image, folder / "images" / f"{index:05d}.png")
+        count, seconds = count + len(batch.images), seconds + batch.seconds
+    save_grid(torch.cat(shown), folder / "grid.png", columns=columns)
+    print(f"{count} images in {seconds:.2f} s of sampling: {folder / 'grid.png'}")
 
 
 def main(args: list[str] | None = None) -> None:

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from softgen import evaluate, quickstart, sample
+from softgen import evaluate, load_tokenizer, quickstart, sample
 from softgen.data import Digits, write_token_cache
 from softgen.fit import main as fit
+from softgen.metrics import SmallClassifier
 from softgen.models import MaskedTransformer, OneStepGenerator
 from softgen.tokenizers import ConvVQTokenizer
 
@@ -215,6 +216,28 @@ def test_small_commands(fails: Fails, teacher: str, tmp_path: Path) -> None:
         "model: expected a teacher or a one-step generator, got a ConvVQTokenizer"
     )
     assert "data" in fails(quickstart.main, ["--data=cifar"])
+    scored = [f"--model={teacher}", "--steps=[1]"]
+    assert fails(evaluate.main, [*scored, "--data_name=fashion_mnist"]) == (
+        "data_name: expected images of 8 pixels as the model draws, got 28"
+    )
+    assert fails(evaluate.main, [*scored, "--statistics=x.npz"]) == (
+        "statistics: expected extractor inception to go with it, got none"
+    )
+    assert fails(evaluate.main, [*scored, "--extractor=inception"]) == (
+        "statistics: expected a file of statistics or data, one of them, got neither"
+    )
+    assert fails(evaluate.main, [*scored, "--sampler=published"]) == (
+        "sampler: expected maskgit or halton, since no sampler was published for a MaskedTransformer"
+    )
+    SmallClassifier(name="other", image_size=28, num_classes=10).save(tmp_path / "classifier")
+    assert fails(evaluate.main, [*scored, f"--extractor={tmp_path / 'classifier'}"]) == (
+        "extractor.image_size: expected 8 as the data has, got 28"
+    )
+    few = MaskedTransformer(**{**TEACHER, "num_classes": 5})
+    few.save_pretrained(tmp_path / "few", tokenizer=load_tokenizer(teacher))
+    assert fails(evaluate.main, [f"--model={tmp_path / 'few'}", "--steps=[1]"]) == (
+        "data_name: expected 5 classes as the model has, got 10"
+    )
     assert not Path("samples").exists()
 
 

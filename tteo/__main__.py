@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from rewards import Reward, build, probe_reward
 from softgen.cli import run_command
-from softgen.evaluate import write_json
+from softgen.files import write_json
 from softgen.images import save_grid, save_image
 from softgen.loading import load_generator, load_tokenizer
 from softgen.sample import check_writable, choose_device, prompts_of, wanted_conditions

@@ -1,9 +1,12 @@
 """Frechet distance between the Gaussians of two sets of features (Heusel et al. 2017, arXiv 1706.08500)."""
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -21,7 +24,7 @@ class FeatureStatistics:
     Attributes:
         mean: (D,) float64.
         covariance: (D, D) float64, divided by n - 1.
-        n: Number of samples that it comes from.
+        n: Number of samples that it comes from; 0 where a file of another project does not say.
     """
 
     mean: Tensor
@@ -47,16 +50,41 @@ class FeatureStatistics:
 
     @classmethod
     def load(cls, path: str | Path) -> "FeatureStatistics":
-        """Read what `save` wrote.
+        """Read what `save` wrote, or an .npz with `mu` and `sigma`, as other projects publish them.
 
         Raises:
-            ValueError: The file is missing or is not one of these.
+            ValueError: The file is missing or is not one of these, or its numbers are not those of a Gaussian.
         """
         try:
-            tensors = load_file(path)
-            return cls(mean=tensors["mean"], covariance=tensors["covariance"], n=int(tensors["n"]))
-        except (OSError, KeyError, SafetensorError) as error:
+            if Path(path).suffix == ".npz":
+                with np.load(path, allow_pickle=False) as arrays:
+                    statistics = cls(
+                        mean=torch.from_numpy(arrays["mu"]).double(),
+                        covariance=torch.from_numpy(arrays["sigma"]).double(),
+                        n=0,
+                    )
+            else:
+                tensors = load_file(path)
+                statistics = cls(mean=tensors["mean"], covariance=tensors["covariance"], n=int(tensors["n"]))
+        except (OSError, KeyError, TypeError, ValueError, EOFError, BadZipFile, SafetensorError) as error:
             raise ValueError(f"statistics: expected a file of feature statistics, got '{path}' ({error})") from error
+        statistics._check(path)
+        return statistics
+
+    def fingerprint(self) -> str:
+        """A short hash of mean and covariance, by which to tell whether two distances had the same reference."""
+        digest = hashlib.blake2b(digest_size=8)
+        for values in (self.mean, self.covariance):
+            digest.update(values.contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def _check(self, path: str | Path) -> None:
+        dim = self.mean.numel()
+        if self.mean.shape != (dim,) or self.covariance.shape != (dim, dim):
+            shapes = f"{tuple(self.mean.shape)} and {tuple(self.covariance.shape)}"
+            raise ValueError(f"statistics: expected a mean (D,) and a covariance (D, D) in '{path}', got {shapes}")
+        if not bool(self.mean.isfinite().all() and self.covariance.isfinite().all()):
+            raise ValueError(f"statistics: expected finite numbers in '{path}', got NaN or infinity")
 
 
 def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:

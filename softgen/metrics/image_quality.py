@@ -45,6 +45,7 @@ def image_quality(
     reference_features: Tensor | None = None,
     max_pr: int = 5000,
     k: int = 5,
+    split: int = 0,
 ) -> ImageQuality:
     """Measure generated images against a reference.
 
@@ -56,6 +57,7 @@ def image_quality(
         reference_features: Features of real images, (m, D), for precision and recall; None leaves them out.
         max_pr: Most samples of each side that precision and recall use, a fixed random subset of them all.
         k: Neighbours of precision and recall.
+        split: Consecutive images whose entropy score is taken together, before the mean; 0 takes all.
 
     Raises:
         ValueError: Too few images (2, or k + 1 with reference features), labels of another length, or
@@ -66,13 +68,14 @@ def image_quality(
     pr: PrecisionRecall | None = None
     if reference_features is not None:
         pr = precision_recall(_subset(reference_features, max_pr), _subset(fake, max_pr), k=k)
+    splits = max(1, len(fake) // split) if split else 1
     return ImageQuality(
         fd=frechet_distance(FeatureStatistics.from_features(fake), reference),
         n=len(fake),
         accuracy=None if seen.logits is None or labels is None else class_accuracy(seen.logits, labels),
         precision=None if pr is None else pr.precision,
         recall=None if pr is None else pr.recall,
-        entropy_score=None if seen.logits is None else entropy_score(seen.logits),
+        entropy_score=None if seen.logits is None else entropy_score(seen.logits, splits=splits),
     )
 
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from softgen.pretrained import Pretrained, load_weights
 
 _WEIGHTS, _CONFIG = "open_clip_model.safetensors", "open_clip_config.json"
+_IMAGE_SIZE = 224  # open_clip's own default
 _MAX_LOG_SCALE = 4.6052  # log 100, as CLIP is trained (arXiv 2103.00020, section 2.5)
 
 SMALL: dict[str, Any] = {
@@ -48,7 +49,7 @@ class OpenCLIP(Pretrained):
         if image_size is not None:
             settings["vision_cfg"]["image_size"] = image_size
         self.config = {"architecture": settings}
-        self.image_size = int(settings["vision_cfg"]["image_size"])
+        self.image_size = int(settings["vision_cfg"].get("image_size", _IMAGE_SIZE))
         self.embed_dim = int(settings["embed_dim"])
         try:
             self.model = open_clip.CLIP(**settings)
@@ -58,7 +59,14 @@ class OpenCLIP(Pretrained):
         self._tokenizer = open_clip.tokenizer.SimpleTokenizer(context_length=context)
 
     def encode_images(self, images: Tensor) -> Tensor:
-        """Unit features (B, D) of images (B, 3, H, W) in [0, 1]."""
+        """Unit features (B, D) of images (B, 3, H, W) in [0, 1].
+
+        Raises:
+            ValueError: The images are not of the model's size.
+        """
+        expected = (3, self.image_size, self.image_size)
+        if images.ndim != 4 or images.shape[1:] != expected:
+            raise ValueError(f"clip: expected images (B, {', '.join(map(str, expected))}), got {tuple(images.shape)}")
         mean, std = (images.new_tensor(value).view(3, 1, 1) for value in (_MEAN, _STD))
         return F.normalize(self.model.encode_image((images - mean) / std).float(), dim=-1)
 
