@@ -6,6 +6,7 @@ and held once.
 
 import importlib
 import json
+import zipfile
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from softgen.messages import reason_of
 from softgen.pretrained import Pretrained, check_keys, resolve_folder
 
 _WRAPPERS = ("module.", "_orig_mod.")
@@ -84,13 +86,13 @@ def read_checkpoint(source: str | Path, *, key: str, names: Sequence[str] = ()) 
         return _strip(_read_safetensors(path, key=key))
     try:
         with _placeholders(path):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            # Files of before torch 1.6 are no archives, which alone can be mapped.
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except FileNotFoundError as error:
         raise ValueError(f"{key}: expected a checkpoint, got {path}, which does not exist") from error
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"{key}: expected a whole checkpoint of tensors alone, got {path} ({reason}); "
+            f"{key}: expected a whole checkpoint of tensors alone, got {path} ({reason_of(error)}); "
             "`python -m softgen.convert` drops what is not a tensor"
         ) from error
     for entry in _ENTRIES:

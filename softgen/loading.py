@@ -73,6 +73,9 @@ def check_compatible(model: ImageCodeModel, tokenizer: ImageTokenizer, *, key: s
         expected, got = getattr(model, name), getattr(tokenizer, name)
         if expected != got:
             raise ValueError(f"{key}.{name}: expected {expected} as the model has, got {got}")
+    rows, columns = getattr(model, "grid", (0, 0))
+    if rows != columns:
+        raise ValueError(f"{key}: expected a model of a square grid, as tokenizers have it, got {rows} x {columns}")
 
 
 def check_same_sites(model: MaskedDiffusionModel, teacher: MaskedDiffusionModel, *, key: str) -> None:

@@ -8,6 +8,11 @@ _UNION = "Does not validate against any of the Union subtypes"
 _ANOTHER_TYPE = re.compile(r"Expected a <class|Import path \S+ does not correspond to a subclass of")
 
 
+def reason_of(error: Exception) -> str:
+    """The first line of what an error says, or its type where it says nothing."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
 def one_line(message: object) -> str:
     """Fold a message of several lines into one: the key, then the reason.
 

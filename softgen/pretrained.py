@@ -13,6 +13,8 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import nn
 
+from softgen.messages import reason_of
+
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 _FORMAT = 1
@@ -82,7 +84,7 @@ class Pretrained(nn.Module):
             key: The config key that named the source, for error messages.
 
         Returns:
-            The module in eval mode, float32 weights as saved.
+            The module in eval mode, its weights of the types that were saved.
 
         Raises:
             ValueError: If the source is missing, truncated, foreign or of another class.
@@ -125,8 +127,9 @@ def from_config(config: Mapping[str, Any], *, key: str) -> Pretrained:
     }
     try:
         return cls(**init_args)
-    except TypeError as error:
-        raise ValueError(f"{key}: expected the arguments of {class_name}, got {error}") from error
+    except (TypeError, KeyError, ZeroDivisionError) as error:
+        got = error if isinstance(error, TypeError) else repr(error)
+        raise ValueError(f"{key}: expected the arguments of {class_name}, got {got}") from error
 
 
 def resolve_folder(source: str | Path, *, key: str, patterns: Sequence[str] = ("*.json", "*.safetensors")) -> Path:
@@ -142,8 +145,9 @@ def resolve_folder(source: str | Path, *, key: str, patterns: Sequence[str] = ("
     try:
         return Path(snapshot_download(str(source), allow_patterns=list(patterns)))
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{key}: expected a folder or a reachable hub id, got {str(source)!r} ({reason})") from error
+        raise ValueError(
+            f"{key}: expected a folder or a reachable hub id, got {str(source)!r} ({reason_of(error)})"
+        ) from error
 
 
 def read_config(folder: Path, *, key: str) -> dict[str, Any]:

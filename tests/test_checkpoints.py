@@ -219,6 +219,43 @@ def test_families_have_names(name: str, classes: tuple[type, type | None]) -> No
     assert published_families(name) == classes
 
 
+def test_convert_opens_the_tokenizer_for_the_models_images(tmp_path: Path) -> None:
+    torch.save(small().state_dict(), tmp_path / "model.pth")
+    torch.save(published_names(TamingVQGAN(**VQGAN)), tmp_path / "last.ckpt")
+    words = ["--family=maskgit", f"--source={tmp_path / 'model.pth'}", '--options={"heads": 2, "nclass": 3}']
+    convert([*words, f"--tokenizer={tmp_path / 'last.ckpt'}", f"--out={tmp_path / 'out'}"])  # 32 pixels, and not 256
+    assert load_tokenizer(tmp_path / "out").image_size == 32
+    bits = MaskBit(bits=4, codebook_splits=4, img_size=32, hidden_dim=8, depth=1, heads=2, mlp_dim=8, nclass=3)
+    codes = MaskBitTokenizer(
+        image_size=32, bits=4, codebook_splits=4, hidden_channels=32, channel_mult=[1] * 5, num_res_blocks=1
+    )
+    save_file(bits.state_dict(), tmp_path / "bits.safetensors")
+    save_file(codes.state_dict(), tmp_path / "codes.safetensors")
+    words = ["--family=maskbit", f"--source={tmp_path / 'bits.safetensors'}"]
+    options = ['--options={"codebook_splits": 4, "img_size": 32, "heads": 2, "nclass": 3}']
+    convert([*words, *options, f"--tokenizer={tmp_path / 'codes.safetensors'}", f"--out={tmp_path / 'bits'}"])
+    opened = load_tokenizer(tmp_path / "bits")
+    assert (opened.image_size, opened.num_sites) == (32, bits.num_sites)
+
+
+def test_a_tokenizer_of_other_codes_is_refused_before_anything_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save(small().state_dict(), tmp_path / "model.pth")
+    torch.save(published_names(TamingVQGAN(**{**VQGAN, "n_embed": 6})), tmp_path / "last.ckpt")
+    words = ["--family=maskgit", f"--source={tmp_path / 'model.pth'}", '--options={"heads": 2, "nclass": 3}']
+    with pytest.raises(SystemExit):
+        convert([*words, f"--tokenizer={tmp_path / 'last.ckpt'}", f"--out={tmp_path / 'out'}"])
+    assert "tokenizer.num_codes: expected 5 as the model has, got 6" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_files_of_before_torch_1_6_are_read(tmp_path: Path) -> None:
+    state = small().state_dict()
+    torch.save(state, tmp_path / "model.pth", _use_new_zipfile_serialization=False)
+    assert_same(read_checkpoint(tmp_path / "model.pth", key="model"), state)
+
+
 def test_convert_writes_a_lone_tokenizer(tmp_path: Path) -> None:
     tokenizer = VQGANPlusTokenizer(
         image_size=8, codebook_size=5, token_size=4, hidden_channels=32, channel_mult=[1, 1], num_res_blocks=1
@@ -246,6 +283,12 @@ def test_convert_writes_a_student(tmp_path: Path) -> None:
         (["--family=gan", "--source=x"], "family: expected one of diffusers_vq, imagebert, "),
         (["--family=maskgit", "--source=x"], "source: expected a folder or a hub id"),
         (["--family=taming_vqgan", "--source=x", "--tokenizer=y"], "tokenizer: expected none with taming_vqgan"),
+        (["--family=maskgit", "--source=x", "--r_init=0.5"], "r_init: expected student true to go with it, got 0.5"),
+        (["--family=maskgit", "--source=x", "--noise=0"], "noise: expected student true to go with it, got 0.0"),
+        (
+            ["--family=maskgit", "--source=x", '--tokenizer_options={"image_size": 8}'],
+            "tokenizer_options: expected a tokenizer to go with them, got image_size",
+        ),
     ],
 )
 def test_convert_refuses_in_one_line(

@@ -14,6 +14,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
+from softgen.messages import reason_of
+
 PATTERN = "step_*.ckpt"
 
 
@@ -156,8 +158,7 @@ def read_checkpoint(path: Path, *, key: str = "ckpt_path") -> dict[str, Any]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{key}: expected a whole Lightning checkpoint, got {path} ({reason})") from error
+        raise ValueError(f"{key}: expected a whole Lightning checkpoint, got {path} ({reason_of(error)})") from error
     if not isinstance(checkpoint, dict) or not {"state_dict", "loops", "optimizer_states"} <= set(checkpoint):
         raise ValueError(f"{key}: expected a Lightning checkpoint, got {path}, which is something else")
     return checkpoint
