@@ -65,8 +65,9 @@ class ClassAccuracy(ExtractorMetric):
     def __init__(self, extractor: FeatureExtractor, **kwargs: Any) -> None:
         super().__init__(extractor, **kwargs)
         require_classifier(extractor)
-        self.add_state("fake_logits", default=[], dist_reduce_fx="cat")
-        self.add_state("fake_labels", default=[], dist_reduce_fx="cat")
+        assert extractor.num_classes is not None, "require_classifier has looked"
+        self.add_rows("fake_logits", like=torch.zeros(0, extractor.num_classes))
+        self.add_rows("fake_labels", like=torch.zeros(0, dtype=torch.int64))
 
     def update(self, images: Tensor, labels: Tensor) -> None:
         """Add generated images (B, 3, H, W) in [0, 1] and the classes asked for, (B,) int64."""

@@ -42,7 +42,8 @@ class EntropyScore(ExtractorMetric):
 
     Args:
         extractor: An extractor with a classifier.
-        splits: Number of consecutive parts that are scored on their own.
+        splits: Number of consecutive parts that are scored on their own. Images come one process after another: with
+            more than one part the score depends on the number of processes.
         kwargs: Passed to `torchmetrics.Metric`.
 
     Raises:
@@ -60,7 +61,8 @@ class EntropyScore(ExtractorMetric):
         if splits < 1:
             raise ValueError(f"splits: expected at least 1, got {splits}")
         self.splits = splits
-        self.add_state("fake_logits", default=[], dist_reduce_fx="cat")
+        assert extractor.num_classes is not None, "require_classifier has looked"
+        self.add_rows("fake_logits", like=torch.zeros(0, extractor.num_classes))
 
     def update(self, images: Tensor) -> None:
         """Add generated images (B, 3, H, W) in [0, 1]."""

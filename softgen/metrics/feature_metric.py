@@ -13,8 +13,8 @@ from softgen.metrics.features import FeatureExtractor, metric_name
 class ExtractorMetric(Metric):
     """A metric computed by a frozen extractor.
 
-    A subclass names its metric in `short_name`. The extractor stays in eval mode, also when the module that
-    owns the metric is put into training mode, and no gradient flows.
+    A subclass names its metric in `short_name`. The extractor is frozen and stays in eval mode, also when the module
+    that owns the metric is put into training mode, and no gradient flows.
 
     Args:
         extractor: The network that looks at the images.
@@ -27,14 +27,33 @@ class ExtractorMetric(Metric):
 
     def __init__(self, extractor: FeatureExtractor, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self._without_rows: dict[str, Tensor] = {}
         self.extractor = extractor
-        self.extractor.eval()
+        self.extractor.eval().requires_grad_(requires_grad=False)
 
     def train(self, mode: bool = True) -> "ExtractorMetric":  # noqa: FBT001, FBT002 (nn.Module's signature)
         """As `nn.Module.train`, but the extractor stays in eval mode."""
         super().train(mode)
         self.extractor.eval()
         return self
+
+    def add_rows(self, name: str, *, like: Tensor) -> None:
+        """A list state whose tensors are gathered row by row from every process.
+
+        Args:
+            name: Of the attribute.
+            like: A tensor without rows, of their shape and type: what a process contributes that saw no image.
+        """
+        self.add_state(name, default=[], dist_reduce_fx="cat")
+        self._without_rows[name] = like
+
+    def sync(self, *args: Any, **kwargs: Any) -> None:
+        """As `Metric.sync`; processes without an image meet the others with tensors of the same rank and type."""
+        for name, like in self._without_rows.items():
+            state = getattr(self, name)
+            if isinstance(state, list) and not state:
+                state.append(like.to(self.device))
+        super().sync(*args, **kwargs)
 
     def protocol_name(self, n: int) -> str:
         """The name under which a value over n generated images is reported, such as "fd_digitsnet_5k"."""
@@ -59,9 +78,10 @@ class TwoSidedMetric(ExtractorMetric):
     def __init__(self, extractor: FeatureExtractor, *, collect_real: bool, **kwargs: Any) -> None:
         super().__init__(extractor, **kwargs)
         self._collect_real = collect_real
+        none = torch.zeros(0, extractor.feature_dim)
         if collect_real:
-            self.add_state("real_features", default=[], dist_reduce_fx="cat")
-        self.add_state("fake_features", default=[], dist_reduce_fx="cat")
+            self.add_rows("real_features", like=none)
+        self.add_rows("fake_features", like=none)
 
     def update(self, images: Tensor, *, real: bool) -> None:
         """Add images (B, 3, H, W) in [0, 1] to the real or to the generated side.

@@ -116,9 +116,11 @@ class ShapesGenEval(Metric):
 
         A task of which there were no prompts is left out, of the mean too.
         """
-        seen = self.total > 0
+        correct, total = self.correct.cpu().double(), self.total.cpu()  # MPS has no float64
+        seen = total > 0
         if not bool(seen.any()):
             raise ValueError("generated images: expected at least 1, got 0")
-        accuracy = self.correct.double() / self.total.clamp(min=1)
-        result = {task: accuracy[i].float() for i, task in enumerate(TASKS) if bool(seen[i])}
-        return {**result, "overall": accuracy[seen].mean().float()}
+        accuracy = correct / total.clamp(min=1)
+        shares = {task: accuracy[i] for i, task in enumerate(TASKS) if bool(seen[i])}
+        shares["overall"] = accuracy[seen].mean()
+        return {task: share.float().to(self.total.device) for task, share in shares.items()}
