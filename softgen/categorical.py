@@ -47,7 +47,7 @@ class StoredNoise:
         return draw
 
 
-def check_token_range(tokens: Tensor, highest: int) -> None:
+def check_token_range(tokens: Tensor, highest: int, *, key: str = "tokens") -> None:
     """Refuse ids outside 0..highest. On the CPU alone: elsewhere the answer would stall the device.
 
     Raises:
@@ -57,7 +57,7 @@ def check_token_range(tokens: Tensor, highest: int) -> None:
         return
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high > highest:
-        raise ValueError(f"tokens: expected ids in 0..{highest}, got {low if low < 0 else high}")
+        raise ValueError(f"{key}: expected ids in 0..{highest}, got {low if low < 0 else high}")
 
 
 def sample_categorical(

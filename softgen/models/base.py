@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from softgen.categorical import check_token_range
 from softgen.models.conditions import Asked, ClassCondition, Condition, TextCondition
 from softgen.pretrained import Pretrained
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelOutput:
-    """Logits (B, N, K), and the hidden states (B, L, d) of the layers that were tapped."""
+    """Logits (B, N, K), and the hidden states (B, L, `hidden_dim`) of the layers that were tapped."""
 
     logits: Tensor
     hidden: tuple[Tensor, ...]
@@ -51,7 +52,8 @@ class ImageCodeModel(Pretrained, ABC):
         num_sites: N, categorical variables an image.
         num_codes: K, codes a site can take, the mask not counted.
         num_classes: Classes of a class-conditional model, else 0.
-        has_null_condition: Whether dropping the condition is defined, as guidance needs.
+        has_null_condition: Whether dropping the condition is defined, as guidance needs. True unless a class says
+            otherwise: one that has learned nothing for `condition.dropped` sets it to False.
     """
 
     num_sites: int
@@ -61,14 +63,18 @@ class ImageCodeModel(Pretrained, ABC):
 
     @property
     def text_encoder(self) -> "TextEncoder | None":
-        """What reads the prompts of a text-conditional model; None for a class-conditional one."""
+        """What reads the prompts of a text-conditional model; None for a class-conditional one.
+
+        A text-conditional class overrides this property; an attribute of that name would not be seen.
+        """
         return None
 
     def encode(self, asked: Asked) -> Condition:
         """Make the condition from class labels, (B,) of any integer type, or from B prompts.
 
         Raises:
-            ValueError: Prompts for a class-conditional model, labels for a text-conditional one, or no such class.
+            ValueError: Prompts for a class-conditional model, labels for a text-conditional one, or no such class. On
+                an accelerator, which would have to be waited for, labels are not looked at.
         """
         if self.text_encoder is not None:
             if isinstance(asked, Tensor):
@@ -77,6 +83,7 @@ class ImageCodeModel(Pretrained, ABC):
             return condition
         if not isinstance(asked, Tensor):
             raise ValueError("conditions: expected class labels, since this model is class-conditional, got prompts")
+        check_token_range(asked, max(1, self.num_classes) - 1, key="labels")
         return ClassCondition.of(asked.long())
 
     def check(self, *, key: str) -> None:
@@ -91,7 +98,7 @@ class MaskedDiffusionModel(ImageCodeModel, ABC):
     """A network that predicts every masked site from the visible ones.
 
     Attributes:
-        num_tokens: L, vectors that the backbone sees.
+        num_tokens: L, vectors that `embed` gives and `run` takes.
         mask_id: Token id that means "masked"; outside [0, K).
         embedding_dim: d, width of the vectors.
         num_layers: Layers that `taps` may name, 0 to num_layers - 1.
@@ -130,7 +137,16 @@ class MaskedDiffusionModel(ImageCodeModel, ABC):
 
     @abstractmethod
     def run(self, embeddings: Tensor, condition: Condition, taps: Sequence[int]) -> ModelOutput:
-        """The network itself; called through `forward` and `forward_with_taps`."""
+        """The network itself; called through `forward` and `forward_with_taps`.
+
+        Args:
+            embeddings: (B, L, d), from `embed` or `embed_soft`.
+            condition: B samples; where `condition.dropped` is True, the prediction is the unconditional one.
+            taps: Layers whose output is wanted, none or some of 0 to num_layers - 1.
+
+        Returns:
+            Logits (B, N, K) of the image codes alone, and the tapped states (B, L, `hidden_dim`) as `taps` orders them.
+        """
 
     @abstractmethod
     def embedding_parameters(self) -> Iterable[nn.Parameter]:

@@ -79,7 +79,7 @@ class MaskGen(PromptedModel):
         negative_length: int = 0,
         checkpoint_activations: bool = False,
     ) -> None:
-        if decoder_embed_dim % decoder_num_heads:
+        if decoder_num_heads < 1 or decoder_embed_dim % decoder_num_heads:
             raise ValueError(
                 f"model.decoder_num_heads: expected a divisor of the width {decoder_embed_dim}, got {decoder_num_heads}"
             )

@@ -105,7 +105,7 @@ class MaskGIT(MaskedDiffusionModel):
         checkpoint_activations: bool = False,
     ) -> None:
         super().__init__()
-        if hidden_dim % heads:
+        if heads < 1 or hidden_dim % heads:
             raise ValueError(f"model.heads: expected a divisor of the width {hidden_dim}, got {heads}")
         if img_size < _DOWNSCALE or img_size % _DOWNSCALE:
             raise ValueError(f"model.img_size: expected a multiple of {_DOWNSCALE}, got {img_size}")

@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar, get_args
 import torch
 from torch import Tensor, nn
 
+from softgen.messages import reason_of
 from softgen.models.conditions import TextCondition
 from softgen.models.text import PromptProblems, TextEncoder
 
@@ -69,7 +70,7 @@ class PretrainedTextEncoder(TextEncoder):
             raise ValueError(f"text_encoder.subfolder: expected none with {library}, got {subfolder!r}")
         self._source, self._library, self._layer = source, library, layer
         self._subfolder, self._attend_padding, self._pad_id = subfolder, attend_padding, pad_id
-        self._force_quick_gelu = force_quick_gelu
+        self._force_quick_gelu, self._length = force_quick_gelu, length
         if length is None or width is None or pooled_width is None:
             sizes = self._open().sizes
             length, width, pooled_width = (
@@ -124,9 +125,11 @@ class PretrainedTextEncoder(TextEncoder):
             quick = self._force_quick_gelu
             with torch.device("cpu"):  # also while a model is being built without memory
                 if self._library == "transformers":
-                    self._shelf["tower"] = _open_transformers(self._source, self._subfolder, quick_gelu=quick)
+                    opened: _Tower = _open_transformers(self._source, self._subfolder, quick_gelu=quick)
                 else:
-                    self._shelf["tower"] = _open_open_clip(self._source, quick_gelu=quick)
+                    opened = _open_open_clip(self._source, quick_gelu=quick)
+            opened.check(length=self._length, layer=self._layer)
+            self._shelf["tower"] = opened
             self._shelf["tower"].model.requires_grad_(requires_grad=False).eval()
             for move in self._placed:
                 self._shelf["tower"].model._apply(move)  # type: ignore[no-untyped-call]
@@ -162,10 +165,19 @@ def openai_clip_text(source: str, *, layer: int, **sizes: Any) -> PretrainedText
 
 
 class _Tower:
-    """An opened text model: its sizes (T, c, p), and how it encodes."""
+    """An opened text model: its sizes (T, c, p), how many layers can be asked for, and how it encodes."""
 
-    def __init__(self, model: nn.Module, sizes: tuple[int, int, int]) -> None:
-        self.model, self.sizes = model, sizes
+    def __init__(self, model: nn.Module, sizes: tuple[int, int, int], *, depth: int) -> None:
+        self.model, self.sizes, self.depth = model, sizes, depth
+
+    def check(self, *, length: int | None, layer: int) -> None:
+        """Refuse settings that the model cannot serve.
+
+        Raises:
+            ValueError: Naming them.
+        """
+        if -layer > self.depth:
+            raise ValueError(f"text_encoder.layer: expected -{self.depth} to -1 of this model, got {layer}")
 
     def tokenise(self, prompts: list[str], *, length: int) -> tuple[Tensor, Tensor]:
         """Ids (B, T), and the mask (B, T) that is False at the padding."""
@@ -181,8 +193,8 @@ class _Tower:
 
 
 class _TransformersTower(_Tower):
-    def __init__(self, model: nn.Module, sizes: tuple[int, int, int], tokenizer: Any) -> None:
-        super().__init__(model, sizes)
+    def __init__(self, model: nn.Module, sizes: tuple[int, int, int], tokenizer: Any, *, depth: int) -> None:
+        super().__init__(model, sizes, depth=depth)
         self._tokenizer = tokenizer
 
     def tokenise(self, prompts: list[str], *, length: int) -> tuple[Tensor, Tensor]:
@@ -206,9 +218,14 @@ class _TransformersTower(_Tower):
 
 
 class _OpenCLIPTower(_Tower):
-    def __init__(self, model: nn.Module, sizes: tuple[int, int, int], tokenizer: Any) -> None:
-        super().__init__(model, sizes)
+    def __init__(self, model: nn.Module, sizes: tuple[int, int, int], tokenizer: Any, *, depth: int) -> None:
+        super().__init__(model, sizes, depth=depth)
         self._tokenizer = tokenizer
+
+    def check(self, *, length: int | None, layer: int) -> None:
+        super().check(length=length, layer=layer)
+        if length not in (None, self.sizes[0]):  # its positions are added whole
+            raise ValueError(f"text_encoder.length: expected {self.sizes[0]} of this model of open_clip, got {length}")
 
     def tokenise(self, prompts: list[str], *, length: int) -> tuple[Tensor, Tensor]:
         ids = self._tokenizer(prompts, context_length=length)
@@ -252,7 +269,8 @@ def _open_transformers(source: str, subfolder: str, *, quick_gelu: bool) -> _Tow
         raise _cannot_open(source, error) from error
     width = text.hidden_size
     pooled = text.projection_dim if is_clip else width
-    return _TransformersTower(model, (getattr(text, "max_position_embeddings", 77), width, pooled), tokenizer)
+    sizes = (getattr(text, "max_position_embeddings", 77), width, pooled)
+    return _TransformersTower(model, sizes, tokenizer, depth=text.num_hidden_layers + 1)
 
 
 def _open_open_clip(source: str, *, quick_gelu: bool) -> _Tower:
@@ -265,8 +283,14 @@ def _open_open_clip(source: str, *, quick_gelu: bool) -> _Tower:
         tokenizer = open_clip.get_tokenizer(source)
     except Exception as error:  # open_clip, torch and the hub each have errors of their own
         raise _cannot_open(source, error) from error
+    if lacking := [name for name in ("ln_final", "text_projection", "context_length") if not hasattr(model, name)]:
+        raise ValueError(
+            f"text_encoder.source: expected a CLIP with a text tower of open_clip's own, got one without {lacking[0]} "
+            f"in {source!r}"
+        )
     width = model.ln_final.normalized_shape[0]
-    return _OpenCLIPTower(model, (model.context_length, width, model.text_projection.shape[1]), tokenizer)
+    sizes = (model.context_length, width, model.text_projection.shape[1])
+    return _OpenCLIPTower(model, sizes, tokenizer, depth=len(model.transformer.resblocks))
 
 
 @contextmanager
@@ -289,5 +313,4 @@ def _import(name: str, source: str, *, package: str) -> Any:
 
 
 def _cannot_open(source: str, error: Exception) -> ValueError:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return ValueError(f"text_encoder.source: expected a text model in {source!r}, got an error ({reason})")
+    return ValueError(f"text_encoder.source: expected a text model in {source!r}, got an error ({reason_of(error)})")

@@ -40,7 +40,7 @@ class _TiTokGenerator(MaskedDiffusionModel):
         checkpoint_activations: bool,
     ) -> None:
         super().__init__()
-        if hidden_size % num_attention_heads:
+        if num_attention_heads < 1 or hidden_size % num_attention_heads:
             raise ValueError(
                 f"model.num_attention_heads: expected a divisor of the width {hidden_size}, got {num_attention_heads}"
             )

@@ -23,11 +23,17 @@ __all__ = [
 ]
 
 
+_SFTOK_CODES = 8192
+
+
 def published_sampler(model: MaskedDiffusionModel, *, key: str = "sampler") -> Sampler:
-    """The sampler of a model's family at the settings that the published checkpoint of its size was measured with.
+    """The sampler of a model's family at the settings that its published checkpoint was measured with.
+
+    A model of a size of its own gets those of a published one: of MaskGIT and Meissonic the one for 256 pixels and with
+    `downsample`, of ImageBert those of TiTok's L-32 (or of SFTok's generator, if it has 8,192 codes).
 
     Raises:
-        ValueError: If none were published for it.
+        ValueError: If none were published for the family, or for these bits of MaskBit.
     """
     if isinstance(model, MaskGIT):
         if model.config["img_size"] == 512:
@@ -40,6 +46,8 @@ def published_sampler(model: MaskedDiffusionModel, *, key: str = "sampler") -> S
     if isinstance(model, MaskBit):
         return MaskBitSampler.published(model.config["bits"])
     if isinstance(model, ImageBert):
+        if model.num_codes == _SFTOK_CODES:
+            return TiTokSampler(guidance_decay="constant", randomize_temperature=1.0)
         if model.num_sites == 64:
             return TiTokSampler(guidance=3.0, randomize_temperature=11.0)
         return TiTokSampler()

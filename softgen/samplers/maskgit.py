@@ -29,6 +29,9 @@ def published_reveal_counts(schedule: Schedule, *, num_sites: int, steps: int) -
     share = masked_fraction(schedule, torch.linspace(1, 0, steps))
     counts = (share / share.sum() * num_sites).round().clamp(min=1).long().tolist()
     counts[-1] += num_sites - sum(counts)
+    while counts[-1] < 1:  # many steps, each with one at least: the largest give some back
+        counts[counts.index(max(counts))] -= 1
+        counts[-1] += 1
     return [int(count) for count in counts]
 
 

@@ -50,6 +50,9 @@ class TiTokSampler:
             )
         if self.steps < 1:
             raise ValueError(f"steps: expected at least 1, got {self.steps}")
+        for name in ("guidance", "guidance_power", "randomize_temperature"):
+            if not 0 <= (value := getattr(self, name)) < math.inf:
+                raise ValueError(f"{name}: expected a finite number of at least 0, got {value}")
 
     @torch.no_grad()
     def __call__(self, model: MaskedDiffusionModel, condition: Condition, noise: UniformSource) -> Tensor:
@@ -57,7 +60,8 @@ class TiTokSampler:
 
         A step with no noise to scale, the last one, draws it all the same.
         """
-        check_guidance(model, self.guidance)
+        # 1 is off where the scale is that of u + s (c - u), 0 where it is added to 1.
+        check_guidance(model, self.guidance + (0 if self.guidance_decay == "power-cosine" else 1))
         tokens = torch.full((len(condition), model.num_sites), model.mask_id, device=condition.dropped.device)
         for step in range(self.steps):
             progress = (step + 1) / self.steps

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from softgen.relaxation import expected_embedding, widen
 from softgen.tokenizers.base import ImageTokenizer
 from softgen.tokenizers.codebook import EMACodebook
+from softgen.tokenizers.parts import as_weights
 
 
 class ResidualBlock(nn.Module):
@@ -124,7 +125,8 @@ class ConvVQTokenizer(ImageTokenizer):
     def latents(self, images: Tensor) -> Tensor:
         """Unit latents (B, N, D), row-major over the grid."""
         self.check_images(images)
-        pixels = (2 * images - 1).contiguous(memory_format=torch.channels_last)  # convolutions are faster so
+        # Convolutions are faster with the channels last.
+        pixels = as_weights(2 * images - 1, self.encoder).contiguous(memory_format=torch.channels_last)
         encoded = self.encoder(pixels).flatten(2).transpose(1, 2)
         return F.normalize(widen(encoded), dim=-1)
 
@@ -140,7 +142,7 @@ class ConvVQTokenizer(ImageTokenizer):
         """Decoder output before clamping to [0, 1], for training."""
         batch, _, dim = embeddings.shape
         grid = embeddings.reshape(batch, self.grid, self.grid, dim).permute(0, 3, 1, 2)
-        decoded: Tensor = self.decoder(grid.contiguous(memory_format=torch.channels_last))
+        decoded: Tensor = self.decoder(as_weights(grid, self.decoder).contiguous(memory_format=torch.channels_last))
         return decoded
 
     def decode_embeddings(self, embeddings: Tensor) -> Tensor:

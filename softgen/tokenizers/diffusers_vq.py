@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from softgen.categorical import check_token_range
 from softgen.checkpoints import build, diffusers_names, find_checkpoint, read_checkpoint, settings_beside
 from softgen.tokenizers.base import ImageTokenizer
-from softgen.tokenizers.parts import CodeTable, nearest_code, without_clash
+from softgen.tokenizers.parts import CodeTable, as_weights, nearest_code, without_clash
 
 _EPS = 1e-6
 
@@ -205,6 +205,8 @@ class DiffusersVQ(ImageTokenizer):
         factor = 2 ** (len(block_out_channels) - 1)
         if image_size < factor or image_size % factor:
             raise ValueError(f"tokenizer.image_size: expected a multiple of {factor}, got {image_size}")
+        if norm_num_groups < 1:
+            raise ValueError(f"tokenizer.norm_num_groups: expected at least 1, got {norm_num_groups}")
         if odd := [width for width in block_out_channels if width % norm_num_groups]:
             raise ValueError(f"tokenizer.norm_num_groups: expected a divisor of {odd[0]}, got {norm_num_groups}")
         self.config = {
@@ -273,7 +275,7 @@ class DiffusersVQ(ImageTokenizer):
 
     def latent_grid(self, images: Tensor) -> Tensor:
         """Encoder outputs (B, D, h, w) before quantisation, of images of any multiple of the factor."""
-        encoded: Tensor = self.quant_conv(self.encoder(images))
+        encoded: Tensor = self.quant_conv(self.encoder(as_weights(images, self.encoder)))
         return encoded
 
     def latents(self, images: Tensor) -> Tensor:
@@ -292,7 +294,7 @@ class DiffusersVQ(ImageTokenizer):
 
     def decode_grid(self, grid: Tensor) -> Tensor:
         """Decoder output, about [0, 1], of code vectors (B, D, h, w), before it is clamped."""
-        decoded: Tensor = self.decoder(self.post_quant_conv(grid.to(self.post_quant_conv.weight.dtype)))
+        decoded: Tensor = self.decoder(self.post_quant_conv(as_weights(grid, self.post_quant_conv)))
         return decoded
 
     def decode_embeddings(self, embeddings: Tensor) -> Tensor:

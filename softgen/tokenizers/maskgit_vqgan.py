@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from softgen.categorical import check_token_range
 from softgen.checkpoints import build, read_checkpoint
 from softgen.tokenizers.base import ImageTokenizer
-from softgen.tokenizers.parts import CodeTable, OutputShortcutBlock, group_norm, nearest_code, without_clash
+from softgen.tokenizers.parts import CodeTable, OutputShortcutBlock, as_weights, group_norm, nearest_code, without_clash
 
 
 def _blocks(before: int, after: int, *, count: int) -> nn.ModuleList:
@@ -194,7 +194,7 @@ class MaskGITVQGAN(ImageTokenizer):
     def latents(self, images: Tensor) -> Tensor:
         """See the base class."""
         self.check_images(images)
-        encoded: Tensor = self.encoder(images)
+        encoded: Tensor = self.encoder(as_weights(images, self.encoder))
         return encoded.flatten(2).transpose(1, 2)
 
     def quantize(self, latents: Tensor) -> Tensor:
@@ -209,12 +209,23 @@ class MaskGITVQGAN(ImageTokenizer):
     def decode_raw(self, embeddings: Tensor) -> Tensor:
         """Decoder output before it is clamped to [0, 1]."""
         batch, _, dim = embeddings.shape
-        decoded: Tensor = self.decoder(embeddings.transpose(1, 2).reshape(batch, dim, self.grid, self.grid))
+        grid = embeddings.transpose(1, 2).reshape(batch, dim, self.grid, self.grid)
+        decoded: Tensor = self.decoder(as_weights(grid, self.decoder))
         return decoded
 
     def decode_embeddings(self, embeddings: Tensor) -> Tensor:
         """See the base class."""
         return self.decode_raw(embeddings).clamp(0, 1)
+
+
+def check_pixel_decoder(arguments: Mapping[str, object]) -> None:
+    """Refuse arguments of a `PixelDecoder` that do not say how wide the codes are.
+
+    Raises:
+        ValueError: Naming what is missing.
+    """
+    if "z_channels" not in arguments:
+        raise ValueError(f"tokenizer.pixel_decoder: expected z_channels, got {', '.join(arguments) or 'nothing'}")
 
 
 def pixel_decoder_sizes(state: Mapping[str, Tensor], *, prefix: str) -> dict[str, object]:

@@ -14,6 +14,11 @@ from softgen.relaxation import DENSE_LIMIT, full_precision, widen
 NORM_GROUPS = 32
 
 
+def as_weights(values: Tensor, module: nn.Module) -> Tensor:
+    """The values in the type of a module's weights: a checkpoint opened in half precision takes ordinary images too."""
+    return values.to(next(module.parameters()).dtype)
+
+
 def group_norm(channels: int) -> nn.GroupNorm:
     """32 groups, eps 1e-6."""
     return nn.GroupNorm(NORM_GROUPS, channels, eps=1e-6)

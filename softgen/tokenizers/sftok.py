@@ -23,9 +23,9 @@ from softgen.pretrained import from_config, to_config
 from softgen.relaxation import expected_embedding, probabilities, widen
 from softgen.tokenizers.base import ImageTokenizer
 from softgen.tokenizers.conv_vq import ConvVQTokenizer
-from softgen.tokenizers.maskgit_vqgan import MaskGITVQGAN, PixelDecoder, pixel_decoder_sizes
+from softgen.tokenizers.maskgit_vqgan import MaskGITVQGAN, PixelDecoder, check_pixel_decoder, pixel_decoder_sizes
 from softgen.tokenizers.optvq import OptVQCodebook, sinkhorn_codes
-from softgen.tokenizers.parts import CodeTable, check_vit_sizes, nearest_code, without_clash
+from softgen.tokenizers.parts import CodeTable, as_weights, check_vit_sizes, nearest_code, without_clash
 from softgen.tokenizers.sftok_decoder import Refined, SFTokDecoder
 from softgen.tokenizers.titok import TiTokEncoder, free_parameter, vit_sizes
 
@@ -129,6 +129,7 @@ class SFTok(ImageTokenizer):
             self.pixel_quantize.embedding.weight = nn.Parameter(pixel_decoder.codebook.clone())
             self.pixel_decoder: nn.Module = copy.deepcopy(pixel_decoder.decoder)
         elif pixel_decoder is not None:
+            check_pixel_decoder(pixel_decoder)
             self.pixel_quantize = CodeTable(proxy_codebook_size, pixel_decoder["z_channels"])
             self.pixel_decoder = PixelDecoder(**pixel_decoder)
 
@@ -197,7 +198,7 @@ class SFTok(ImageTokenizer):
     def raw_latents(self, images: Tensor) -> Tensor:
         """Encoder outputs (B, L, D) before they are normalised."""
         self.check_images(images)
-        encoded: Tensor = self.encoder(images, self.latent_tokens)
+        encoded: Tensor = self.encoder(as_weights(images, self.encoder), self.latent_tokens)
         return encoded
 
     def latents(self, images: Tensor) -> Tensor:

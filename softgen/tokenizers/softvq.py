@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from softgen.checkpoints import build, find_checkpoint, read_checkpoint, settings_beside
 from softgen.tokenizers.baseline_quantizers import HardQuantizer, NoQuantizer
 from softgen.tokenizers.continuous import ContinuousTokenizer
-from softgen.tokenizers.parts import check_vit_sizes, without_clash
+from softgen.tokenizers.parts import as_weights, check_vit_sizes, without_clash
 from softgen.tokenizers.scaled_vit import LAYER_SCALE, ScaledViT
 from softgen.tokenizers.soft_quantizer import SoftDistance, SoftQuantizer, Temperature
 
@@ -256,7 +256,7 @@ class SoftVQ(ContinuousTokenizer):
     def raw_latents(self, images: Tensor) -> Tensor:
         """Encoder outputs (B, L, D) before they are quantised."""
         self.check_images(images)
-        latents: Tensor = self.quant_conv(self.encoder(2 * images - 1))
+        latents: Tensor = self.quant_conv(self.encoder(as_weights(2 * images - 1, self.encoder)))
         return latents
 
     def encode(self, images: Tensor) -> Tensor:
@@ -267,7 +267,7 @@ class SoftVQ(ContinuousTokenizer):
     def decode_raw(self, latents: Tensor) -> Tensor:
         """See the base class."""
         self.check_latents(latents)
-        pixels: Tensor = self.decoder(self.post_quant_conv(latents.to(self.post_quant_conv.weight.dtype)))
+        pixels: Tensor = self.decoder(self.post_quant_conv(as_weights(latents, self.post_quant_conv)))
         return (pixels + 1) / 2
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from softgen.categorical import check_token_range
 from softgen.checkpoints import build, read_checkpoint
 from softgen.tokenizers.base import ImageTokenizer
-from softgen.tokenizers.parts import CodeTable, group_norm, nearest_code, without_clash
+from softgen.tokenizers.parts import CodeTable, as_weights, group_norm, nearest_code, without_clash
 
 _RESOLUTION = 256  # that levels are named by
 
@@ -304,7 +304,7 @@ class TamingVQGAN(ImageTokenizer):
     def latents(self, images: Tensor) -> Tensor:
         """See the base class."""
         self.check_images(images)
-        encoded: Tensor = self.quant_conv(self.encoder(2 * images - 1))
+        encoded: Tensor = self.quant_conv(self.encoder(as_weights(2 * images - 1, self.encoder)))
         return encoded.flatten(2).transpose(1, 2)
 
     def quantize(self, latents: Tensor) -> Tensor:
@@ -320,7 +320,7 @@ class TamingVQGAN(ImageTokenizer):
         """Decoder output, about [-1, 1], before it is brought to [0, 1] and clamped."""
         batch, _, dim = embeddings.shape
         grid = embeddings.transpose(1, 2).reshape(batch, dim, self.grid, self.grid)
-        decoded: Tensor = self.decoder(self.post_quant_conv(grid))
+        decoded: Tensor = self.decoder(self.post_quant_conv(as_weights(grid, self.post_quant_conv)))
         return decoded
 
     def decode_embeddings(self, embeddings: Tensor) -> Tensor:

@@ -19,8 +19,8 @@ from softgen.categorical import check_token_range
 from softgen.checkpoints import build, read_checkpoint
 from softgen.relaxation import expected_embedding, probabilities, widen
 from softgen.tokenizers.base import ImageTokenizer
-from softgen.tokenizers.maskgit_vqgan import PixelDecoder, pixel_decoder_sizes
-from softgen.tokenizers.parts import CodeTable, check_vit_sizes, nearest_code, without_clash
+from softgen.tokenizers.maskgit_vqgan import PixelDecoder, check_pixel_decoder, pixel_decoder_sizes
+from softgen.tokenizers.parts import CodeTable, as_weights, check_vit_sizes, nearest_code, without_clash
 
 
 class _Attention(nn.MultiheadAttention):
@@ -266,6 +266,7 @@ class TiTok(ImageTokenizer):
         if pixel_decoder is not None:
             if not is_legacy:
                 raise ValueError("tokenizer.pixel_decoder: expected none in a single-stage model, got one")
+            check_pixel_decoder(pixel_decoder)
             self.pixel_quantize = CodeTable(proxy_codebook_size, pixel_decoder["z_channels"])
             self.pixel_decoder = PixelDecoder(**pixel_decoder)
 
@@ -315,7 +316,7 @@ class TiTok(ImageTokenizer):
     def raw_latents(self, images: Tensor) -> Tensor:
         """Encoder outputs (B, L, D) before they are normalised."""
         self.check_images(images)
-        encoded: Tensor = self.encoder(images, self.latent_tokens)
+        encoded: Tensor = self.encoder(as_weights(images, self.encoder), self.latent_tokens)
         return encoded
 
     def latents(self, images: Tensor) -> Tensor:

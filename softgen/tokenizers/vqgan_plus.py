@@ -19,6 +19,7 @@ from softgen.tokenizers.parts import (
     NORM_GROUPS,
     CodeTable,
     OutputShortcutBlock,
+    as_weights,
     group_norm,
     nearest_code,
     without_clash,
@@ -177,7 +178,7 @@ class ConvAutoencoder(ImageTokenizer):
     def encode_raw(self, images: Tensor) -> Tensor:
         """Encoder outputs (B, L, token_size) of images in [0, 1], row-major over the grid."""
         self.check_images(images)
-        encoded: Tensor = self.encoder(images.to(self.encoder.conv_out.weight.dtype))
+        encoded: Tensor = self.encoder(as_weights(images, self.encoder))
         return encoded.flatten(2).transpose(1, 2)
 
     def decode(self, tokens: Tensor) -> Tensor:
@@ -194,7 +195,7 @@ class ConvAutoencoder(ImageTokenizer):
         rows = embeddings.reshape(len(embeddings), self.grid**2, self.token_size)
         grid = rows.transpose(1, 2).reshape(len(rows), self.token_size, self.grid, self.grid)
         # Another memory layout would take other kernels, and round otherwise than the published code.
-        decoded: Tensor = self.decoder(grid.contiguous().to(self.decoder.conv_in.weight.dtype))
+        decoded: Tensor = self.decoder(as_weights(grid.contiguous(), self.decoder))
         return decoded
 
     def decode_embeddings(self, embeddings: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """MaskGIT and its published sampler, on tiny random weights."""
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from softgen.categorical import StoredNoise
+from softgen.masking import Schedule
 from softgen.models import ClassCondition, MaskGIT
 from softgen.random import SampleRandom
 from softgen.samplers.maskgit import PublishedMaskGITSampler, published_reveal_counts
@@ -92,6 +94,11 @@ def test_sizes_come_from_the_checkpoint(tmp_path: Path) -> None:
 )
 def test_options_that_contradict_the_checkpoint(options: dict[str, int], message: str, tmp_path: Path) -> None:
     torch.save(build().state_dict(), tmp_path / "pytorch_model.bin")
+    for schedule in ("arccos", "cosine", "linear", "square"):
+        for sites, steps in ((256, 256), (256, 129), (16, 16), (16, 9)):
+            counts = published_reveal_counts(schedule, num_sites=sites, steps=steps)  # type: ignore[arg-type]
+            assert min(counts) >= 1
+            assert sum(counts) == sites
     with pytest.raises(ValueError, match=r"^model") as caught:
         MaskGIT.from_checkpoint(tmp_path, **{"nclass": C, **options})
     assert str(caught.value) == message
@@ -110,6 +117,14 @@ def test_published_counts() -> None:
     assert published_reveal_counts("arccos", num_sites=1024, steps=15) == counts
     with pytest.raises(ValueError, match=r"^steps: expected 2 to 256"):
         published_reveal_counts("arccos", num_sites=256, steps=1)
+
+
+@pytest.mark.parametrize("schedule", get_args(Schedule))
+@pytest.mark.parametrize(("sites", "steps"), [(256, 256), (256, 129), (16, 16), (16, 9)])
+def test_every_published_count_is_at_least_one(schedule: Schedule, sites: int, steps: int) -> None:
+    counts = published_reveal_counts(schedule, num_sites=sites, steps=steps)
+    assert min(counts) >= 1
+    assert sum(counts) == sites
 
 
 def test_the_sampler_reproduces_its_noise_and_fills_every_site() -> None:

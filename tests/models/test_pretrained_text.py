@@ -159,3 +159,15 @@ def test_long_prompts_are_cut_and_counted(clip_folder: Path, open_clip_folder: P
 def test_bad_input(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PretrainedTextEncoder(**options)
+
+
+def test_settings_that_the_model_cannot_serve(clip_folder: Path, open_clip_folder: Path) -> None:
+    source = f"local-dir:{open_clip_folder}"
+    with pytest.raises(ValueError, match=r"^text_encoder.layer: expected -\d to -1 of this model, got -9$"):
+        PretrainedTextEncoder(str(clip_folder), layer=-9)
+    with pytest.raises(ValueError, match=r"^text_encoder.layer: expected -\d to -1 of this model, got -9$"):
+        PretrainedTextEncoder(source, library="open_clip", layer=-9)
+    with pytest.raises(ValueError, match=r"^text_encoder.length: expected 20 of this model of open_clip, got 9$"):
+        PretrainedTextEncoder(source, library="open_clip", length=9)
+    deepest = PretrainedTextEncoder(str(clip_folder), layer=-PretrainedTextEncoder(str(clip_folder))._open().depth)
+    assert deepest(PROMPTS).states.shape == (2, 7, 16)

@@ -14,6 +14,7 @@ from softgen.models import ClassCondition, ImageBert, MaskedDiffusionModel, UViT
 from softgen.models.base import LinearHead
 from softgen.random import SampleRandom
 from softgen.samplers.titok import TiTokSampler
+from softgen.testing import ToyMaskedModel
 
 B, N, K, C, D = 3, 6, 5, 4, 8
 SIZES = {"codebook_size": K, "image_seq_len": N, "condition_num_classes": C, "hidden_size": D}
@@ -111,6 +112,22 @@ def test_bad_input() -> None:
         TiTokSampler(guidance_decay="up")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^steps: expected at least 1, got 0$"):
         TiTokSampler(steps=0)
+    for name in ("guidance", "guidance_power", "randomize_temperature"):
+        with pytest.raises(ValueError, match=rf"^{name}: expected a finite number of at least 0, got -1$"):
+            TiTokSampler(**{name: -1})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("decay", "off"), [("constant", 0.0), ("linear", 0.0), ("power-cosine", 1.0)])
+def test_guidance_needs_a_null_condition(decay: Any, off: float) -> None:
+    joint = [[[0.4, 0.1], [0.1, 0.4]]]
+    known, unknown = (ToyMaskedModel(joint=joint, null_condition=null) for null in (True, False))
+    noise = [torch.rand(2, 2, 2), torch.rand(2, 2)]
+    condition = known.encode(torch.zeros(2, dtype=torch.int64))
+    sampler = TiTokSampler(steps=1, guidance_decay=decay, guidance=off)
+    assert torch.equal(*(sampler(model, condition, StoredNoise(noise)) for model in (known, unknown)))
+    guided = TiTokSampler(steps=1, guidance_decay=decay, guidance=1 - off)
+    with pytest.raises(ValueError, match=r"^guidance: "):
+        guided(unknown, condition, StoredNoise(noise))
 
 
 @pytest.mark.parametrize("decay", ["constant", "linear", "power-cosine"])

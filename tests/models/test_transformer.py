@@ -35,6 +35,14 @@ def test_shapes_and_ids() -> None:
     assert [p.shape for p in model.embedding_parameters()] == [(K + 1, D)]
 
 
+def test_labels_that_are_no_classes_are_refused() -> None:
+    model = build()
+    for label in (-1, 3):
+        with pytest.raises(ValueError, match=rf"^labels: expected ids in 0..2, got {label}$"):
+            model.encode(torch.tensor([0, label]))
+    assert build(num_classes=0).encode(torch.zeros(2, dtype=torch.int64)).labels.tolist() == [0, 0]  # type: ignore[attr-defined]
+
+
 def test_every_site_sees_every_other_and_the_condition() -> None:
     model, (tokens, condition) = build(), inputs()
     embedded = model.embed(tokens).detach().requires_grad_()
