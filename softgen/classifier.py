@@ -41,6 +41,9 @@ def classifier(
     *,
     data_name: DataName = "digits",
     data_root: str = "data/fashion_mnist",
+    data: ImageDataModule | None = None,
+    epochs: int = 0,
+    width: int = 0,
     out: str = "",
     seed: int = 1,
     progress: bool = True,
@@ -51,9 +54,13 @@ def classifier(
     keep this one's seed away from 0, which that one has.
 
     Args:
-        data_name: Data set.
+        data_name: Data set that comes with the toolkit, where `data` is not given.
         data_root: Folder of Fashion-MNIST's files.
-        out: Folder to write to; by default runs/<data_name>/judge.
+        data: Labelled images of your own, as a data module (class_path and init_args); its folder then goes to
+            `softgen.evaluate --extractor`, and its name is part of each metric's name.
+        epochs: Passes over the training images; 0 takes those of the data set, or 10.
+        width: Channels of the first convolution; 0 takes those of the data set, or 32.
+        out: Folder to write to; by default runs/<data_name>/judge. Needed with `data`.
         seed: Of the weights and the order of the images.
         progress: Show a progress bar.
 
@@ -62,15 +69,20 @@ def classifier(
     """
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed: expected a number from 0 to 2^32 - 1, got {seed}")
+    for name, value in (("epochs", epochs), ("width", width)):
+        if value < 0:
+            raise ValueError(f"{name}: expected at least 0, got {value}")
+    if data is not None and not out:
+        raise ValueError("out: expected a folder to go with data, got none")
     folder = Path(out or f"runs/{data_name}/judge")
+    recipe = RECIPES[data_name] if data is None else ClassifierRecipe(name=folder.name, epochs=10, width=32)
     check_writable(folder.parent)
     check_target(folder)
-    recipe = RECIPES[data_name]
     result = train_classifier(
-        named_data(data_name, data_root=data_root),
+        named_data(data_name, data_root=data_root) if data is None else data,
         name=f"{recipe.name}_seed_{seed}",
-        epochs=recipe.epochs,
-        width=recipe.width,
+        epochs=epochs or recipe.epochs,
+        width=width or recipe.width,
         seed=seed,
         progress=progress,
     )

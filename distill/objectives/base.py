@@ -30,7 +30,8 @@ class DistillState:
     Attributes:
         student: The generator in training.
         teacher: Frozen; gradients reach its inputs, never its weights.
-        tokenizer: Frozen, or None where no objective asked for images.
+        tokenizer: Frozen; None only where neither a tokenizer was named nor the teacher's folder has one, so never for
+            an objective with `needs_tokenizer`. Whoever decodes asks for `tokenizer.under(state.asked)` first.
         asked: Labels (B,) or B prompts; zeros for an unconditional model.
         condition: The same, as the models take it.
         logits: The student's, (B, N, K), with gradient.
@@ -59,7 +60,7 @@ class ObjectiveLosses:
     """What one objective adds to a step.
 
     Attributes:
-        generator: Scalar whose gradient moves the student (before the objective's weight).
+        generator: Scalar whose gradient moves the student, through `DistillState.logits`, before the weight.
         critic: Scalar whose gradient moves the critic alone, or None.
         logs: Scalars to log.
     """
@@ -73,7 +74,9 @@ class Objective(nn.Module, ABC):
     """One term of L_gen = sum_i w_i L_i, and the critic that it needs, if any.
 
     The two losses come from one call, so that whatever both need (Di[M]O's auxiliary logits) is computed once. The
-    generator's term must not reach the critic's weights, nor the critic's term the student's: detach.
+    generator's term must not reach the critic's weights, nor the critic's term the student's: detach. Where any
+    objective of the run has the weight `auto`, gradients are taken at `state.logits` and handed on from there: the
+    generator's term must then depend on the student through these logits alone, and share no graph with the critic's.
 
     Args:
         weight: w_i, at least 0; or `auto`: the gradient at the student's logits is held at `weight_ratio` times the
@@ -81,7 +84,7 @@ class Objective(nn.Module, ABC):
         weight_ratio: For `auto`, above 0; see `distill.weighting.weigh` for when the weight stays below it.
 
     Attributes:
-        name: Used in logs, error messages and the names of optimizer groups.
+        name: Used in logs, error messages and the names of optimizer groups; every class has one of its own.
         needs_images: Whether the batch must hold real images or tokens.
         needs_tokenizer: Whether images are encoded or decoded.
         relaxation: How the student's logits become embeddings, where they do.

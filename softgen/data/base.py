@@ -158,7 +158,10 @@ class ImageDataModule(LightningDataModule):
     Args:
         batch_size: Samples a batch on each process.
         num_workers: Loader processes; 0 loads in the training process, best for data held in memory.
-        seed: Seed of the order of samples. The command line links it to `--seed`.
+        seed: Seed of the order of samples. The command line links it to `--seed`, if the subclass takes `seed` too and
+            passes it on.
+
+    A subclass sets `image_size` and `num_classes`, and its samples have fields of the names that `Batch` lists.
 
     Attributes:
         image_size: Height and width of the images in pixels.

@@ -3,7 +3,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from softgen.classifier import main as train
 from softgen.data import Digits, ImageDataModule, Labels, TensorSource, TrainVal
+from softgen.images import save_image
 from softgen.metrics import SmallClassifier, classifier_accuracy, train_classifier
 
 
@@ -107,3 +109,25 @@ def test_errors() -> None:
         train_classifier(Halves(), name="net", epochs=0)
     with pytest.raises(ValueError, match=r"^data.num_classes: expected at least 2, got 1$"):
         train_classifier(Labels(1), name="net", epochs=1)
+
+
+def test_the_command_takes_images_of_your_own(tmp_path: Path) -> None:
+    for label in range(2):
+        for index in range(12):
+            image = torch.full((3, 8, 8), 0.9 * label + 0.004 * index)
+            save_image(image, tmp_path / "images" / str(label) / f"{index}.png")
+    data = ["--data=softgen.data.ImageFolder", f"--data.init_args.root={tmp_path / 'images'}"]
+    data += ["--data.init_args.image_size=8", "--data.init_args.val_fraction=0.25", "--data.init_args.batch_size=4"]
+    out = tmp_path / "twonet"
+    train([*data, "--epochs=2", "--width=4", f"--out={out}", "--progress=false"])
+    opened = SmallClassifier.load(out)
+    assert (opened.name, opened.num_classes, opened.image_size) == ("twonet_seed_1", 2, 8)
+    with pytest.raises(SystemExit):
+        train(data)
+
+
+@pytest.mark.parametrize("option", ["epochs", "width"])
+def test_the_command_refuses_negative_numbers(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        train([f"--{option}=-1"])
+    assert f"{option}: expected at least 0, got -1" in capsys.readouterr().err
