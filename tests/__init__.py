@@ -1,0 +1,1 @@
+"""A package, since other projects install one of this name, which would be found first."""
