@@ -91,9 +91,9 @@ def read_checkpoint(source: str | Path, *, key: str, names: Sequence[str] = ()) 
     except FileNotFoundError as error:
         raise ValueError(f"{key}: expected a checkpoint, got {path}, which does not exist") from error
     except Exception as error:
+        hint = "" if _converting.get() else "; `python -m softgen.convert` drops what is not a tensor"
         raise ValueError(
-            f"{key}: expected a whole checkpoint of tensors alone, got {path} ({reason_of(error)}); "
-            "`python -m softgen.convert` drops what is not a tensor"
+            f"{key}: expected a whole checkpoint of tensors alone, got {path} ({reason_of(error)}){hint}"
         ) from error
     for entry in _ENTRIES:
         if isinstance(content, dict) and isinstance(content.get(entry), dict):

@@ -61,6 +61,8 @@ def protocol_of(
 ) -> Protocol:
     """What real images the samples are compared with, and through which network."""
     if extractor == INCEPTION:
+        if data is not None:
+            _check_data(data, num_classes=num_classes, image_size=image_size, key="data")
         return adm_protocol(statistics=statistics, data=data, weights=inception_weights, device=device)
     for name, value in (("statistics", statistics), ("inception_weights", inception_weights)):
         if value is not None:
@@ -69,16 +71,20 @@ def protocol_of(
     if data is not None and extractor is None:
         raise ValueError(f"extractor: expected the folder of a classifier or {INCEPTION} to go with data, got none")
     key = "data_name" if data is None else "data"
-    if num_classes and real.num_classes != num_classes:
-        raise ValueError(f"{key}: expected {num_classes} classes as the model has, got {real.num_classes}")
-    if real.image_size != image_size:
-        raise ValueError(f"{key}: expected images of {image_size} pixels as the model draws, got {real.image_size}")
+    _check_data(real, num_classes=num_classes, image_size=image_size, key=key)
     if extractor is not None:
         _check_extractor(extractor, real, needed=data is not None)
     if data is None:
         return named_protocol(data_name, data_root=data_root, folder=extractor)
     assert extractor is not None
     return small_protocol(data, name=Path(extractor).name, epochs=8, folder=extractor)
+
+
+def _check_data(data: ImageDataModule, *, num_classes: int, image_size: int, key: str) -> None:
+    if num_classes and data.num_classes != num_classes:
+        raise ValueError(f"{key}: expected {num_classes} classes as the model has, got {data.num_classes}")
+    if data.image_size != image_size:
+        raise ValueError(f"{key}: expected images of {image_size} pixels as the model draws, got {data.image_size}")
 
 
 def _check_extractor(folder: str, data: ImageDataModule, *, needed: bool) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from softgen.checkpoints import converting, published_families
 from softgen.cli import run_command
-from softgen.loading import check_compatible
+from softgen.loading import check_compatible, check_square
 from softgen.models.base import ImageCodeModel, MaskedDiffusionModel
 from softgen.models.generator import OneStepGenerator
 from softgen.models.maskbit import MaskBit
@@ -88,6 +88,7 @@ def convert(
 
 def _open_beside(model: ImageCodeModel, cls: Any, source: str, options: dict[str, Any]) -> ImageTokenizer:
     """The model's tokenizer; what no shape tells, the size of images and the groups of bits, is the model's."""
+    check_square(model, key="tokenizer")
     known = {"codebook_splits": model.config["codebook_splits"]} if isinstance(model, MaskBit) else {}
     opened = _open(cls, source, {**known, **options}, key="tokenizer")
     assert isinstance(opened, ImageTokenizer)

@@ -39,6 +39,7 @@ from softgen.sample import (
     check_finite,
     check_masked_sampler,
     check_positive,
+    check_published_alone,
     check_writable,
     choose_device,
     flow_method,
@@ -191,7 +192,12 @@ def evaluate(
     )
     if out is not None:
         check_writable(Path(out).parent)
-    facts = {"model": model, "seed": seed, "guidance": guidance}
+    settings = f"guidance {guidance:g}, temperature {temperature:g}, confidence noise {confidence_noise:g}"
+    facts: dict[str, object] = {"model": model, "seed": seed, "guidance": guidance}
+    if "published" in sources:
+        assert isinstance(opened, MaskedDiffusionModel)
+        settings = str(published_sampler(opened))
+        facts = {"model": model, "seed": seed, "sampler": settings}
     if task == "shapes":
         check_text_conditional(backbone, task=task)
         judge = open_clip_model(clip, image_size=decoder.image_size)
@@ -210,10 +216,7 @@ def evaluate(
         if len(sources) > 1:
             raise ValueError(f"steps: expected one number of steps for task geneval, got {len(sources)}")
         ((name, source),) = sources.items()
-        made_by = (
-            f"{model} ({fingerprint(opened)}), tokenizer {fingerprint(decoder)}, {name}, guidance {guidance:g}, "
-            f"temperature {temperature:g}, confidence noise {confidence_noise:g}, seed {seed}"
-        )
+        made_by = f"{model} ({fingerprint(opened)}), tokenizer {fingerprint(decoder)}, {name}, {settings}, seed {seed}"
         rows_asked = read_geneval_metadata(metadata)
         write_geneval_images(
             source, decoder, Path(images), rows_asked, made_by=made_by, seed=seed, batch_size=batch_size
@@ -266,6 +269,7 @@ def _sources(
         return {"autoregressive": autoregressive_tokens(opened, sampling)}
     assert isinstance(opened, MaskedDiffusionModel)
     if sampler == "published":
+        check_published_alone(guidance=guidance, temperature=temperature, confidence_noise=confidence_noise)
         return {"published": teacher_tokens(opened, published_sampler(opened))}
     sources = {}
     for count in steps:

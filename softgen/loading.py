@@ -73,9 +73,18 @@ def check_compatible(model: ImageCodeModel, tokenizer: ImageTokenizer, *, key: s
         expected, got = getattr(model, name), getattr(tokenizer, name)
         if expected != got:
             raise ValueError(f"{key}.{name}: expected {expected} as the model has, got {got}")
-    rows, columns = getattr(model, "grid", (0, 0))
-    if rows != columns:
-        raise ValueError(f"{key}: expected a model of a square grid, as tokenizers have it, got {rows} x {columns}")
+    check_square(model, key=key)
+
+
+def check_square(model: ImageCodeModel, *, key: str) -> None:
+    """Refuse a model whose tokens are not as many rows as columns, which no tokenizer here decodes.
+
+    Raises:
+        ValueError: Naming both.
+    """
+    grid = getattr(model, "grid", None)
+    if isinstance(grid, tuple) and grid[0] != grid[1]:
+        raise ValueError(f"{key}: expected a model of a square grid, as tokenizers have it, got {grid[0]} x {grid[1]}")
 
 
 def check_same_sites(model: MaskedDiffusionModel, teacher: MaskedDiffusionModel, *, key: str) -> None:

@@ -37,6 +37,8 @@ from softgen.samplers import published_sampler
 from softgen.sampling import AutoregressiveSampler, HaltonSampler, MaskGITSampler, Sampler
 
 PROGRAM = "softgen.sample"
+PUBLISHED_TAKES = {"guidance": 1.0, "temperature": 1.0, "confidence_noise": 4.5}
+"""Options that a published sampler has settings of its own for, and their defaults."""
 
 
 def sample(
@@ -126,7 +128,7 @@ def sample(
     else:
         assert isinstance(backbone, MaskedDiffusionModel)
         if sampler == "published":
-            check_guidance(backbone, guidance)
+            check_published_alone(guidance=guidance, temperature=temperature, confidence_noise=confidence_noise)
             chosen: Sampler = published_sampler(backbone)
         else:
             common: dict[str, Any] = {"steps": steps, "schedule": schedule, "guidance": guidance}
@@ -163,6 +165,19 @@ def check_masked_sampler(sampler: str | None) -> None:
     """
     if sampler in get_args(Method):
         raise ValueError(f"sampler: expected {sampler} with a SiT alone, got another model")
+
+
+def check_published_alone(**options: float) -> None:
+    """Refuse options beside a published sampler, which would ignore them.
+
+    Raises:
+        ValueError: Naming the first.
+    """
+    for name, value in options.items():
+        if value != PUBLISHED_TAKES[name]:
+            raise ValueError(
+                f"{name}: expected none with sampler published, which has settings of its own, got {value:g}"
+            )
 
 
 def prompts_of(prompts: Sequence[str] | None, prompt_file: str | None) -> Sequence[str] | None:
@@ -284,7 +299,8 @@ def _write(batches: Iterable[Generated], folder: Path, *, columns: int, save_ima
     count, seconds = 0, 0.0
     shown: list[Tensor] = []
     for batch in batches:
-        shown.append(batch.images[: max(0, columns * columns - count)])
+        if (left := columns * columns - count) > 0:
+            shown.append(batch.images[:left].clone())  # a view would hold the whole batch
         if save_images:
             for index, image in enumerate(batch.images, start=count):
                 save_image(image, folder / "images" / f"{index:05d}.png")

@@ -1,8 +1,15 @@
+import gc
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 
-from softgen.generation import balanced_labels, generate, one_step_tokens, teacher_tokens
+from softgen.generation import Generated, balanced_labels, generate, one_step_tokens, teacher_tokens
 from softgen.models import OneStepGenerator
+from softgen.sample import _write
 from softgen.sampling import HaltonSampler, MaskGITSampler
 from softgen.testing import ToyMaskedModel, ToyTokenizer, count_calls
 
@@ -56,3 +63,22 @@ def test_labels_go_round() -> None:
 def test_one_text_is_not_a_list_of_letters() -> None:
     with pytest.raises(ValueError, match="expected a list of prompts"):
         generate(SOURCES["one step"], TOKENIZER, "a red cat", seed=0)
+
+
+def test_images_are_written_as_they_come_and_not_held(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arrays: list[weakref.ref[np.ndarray]] = []
+
+    def batches() -> Iterator[Generated]:
+        for _ in range(6):
+            pixels = np.random.default_rng(0).random((3, 3, 8, 8), dtype=np.float32)
+            arrays.append(weakref.ref(pixels))
+            images = torch.from_numpy(pixels)
+            del pixels
+            yield Generated(images=images, seconds=0.25)
+            del images
+            gc.collect()
+            assert sum(array() is not None for array in arrays) <= 1  # the reader's own variable
+
+    _write(batches(), tmp_path, columns=2, save_images=True)
+    assert len(list((tmp_path / "images").iterdir())) == 18
+    assert "18 images in 1.50 s" in capsys.readouterr().out

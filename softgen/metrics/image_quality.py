@@ -1,5 +1,6 @@
 """Every image metric from one pass of the extractor."""
 
+import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -68,15 +69,20 @@ def image_quality(
     pr: PrecisionRecall | None = None
     if reference_features is not None:
         pr = precision_recall(_subset(reference_features, max_pr), _subset(fake, max_pr), k=k)
-    splits = max(1, len(fake) // split) if split else 1
     return ImageQuality(
         fd=frechet_distance(FeatureStatistics.from_features(fake), reference),
         n=len(fake),
         accuracy=None if seen.logits is None or labels is None else class_accuracy(seen.logits, labels),
         precision=None if pr is None else pr.precision,
         recall=None if pr is None else pr.recall,
-        entropy_score=None if seen.logits is None else entropy_score(seen.logits, splits=splits),
+        entropy_score=None if seen.logits is None else _entropy_score(seen.logits, split=split),
     )
+
+
+def _entropy_score(logits: Tensor, *, split: int) -> float:
+    """The mean over parts of `split` images, the last of which may be smaller; one image has no score."""
+    parts = torch.split(logits, split) if split else (logits,)
+    return statistics.mean(entropy_score(part) for part in parts if len(part) > 1 or len(parts) == 1)
 
 
 def _subset(rows: Tensor, limit: int) -> Tensor:

@@ -18,6 +18,7 @@ from softgen.models.text import PromptProblems, TextEncoder
 
 E = TypeVar("E", bound="PretrainedTextEncoder")
 Library = Literal["transformers", "open_clip"]
+_LENGTH = 77  # tokens of a model that has no context of its own
 
 
 class PretrainedTextEncoder(TextEncoder):
@@ -193,9 +194,16 @@ class _Tower:
 
 
 class _TransformersTower(_Tower):
-    def __init__(self, model: nn.Module, sizes: tuple[int, int, int], tokenizer: Any, *, depth: int) -> None:
+    def __init__(
+        self, model: nn.Module, sizes: tuple[int, int, int], tokenizer: Any, *, depth: int, positions: int | None
+    ) -> None:
         super().__init__(model, sizes, depth=depth)
-        self._tokenizer = tokenizer
+        self._tokenizer, self._positions = tokenizer, positions
+
+    def check(self, *, length: int | None, layer: int) -> None:
+        super().check(length=length, layer=layer)
+        if length is not None and self._positions is not None and length > self._positions:
+            raise ValueError(f"text_encoder.length: expected at most {self._positions} of this model, got {length}")
 
     def tokenise(self, prompts: list[str], *, length: int) -> tuple[Tensor, Tensor]:
         encoded = self._tokenizer(
@@ -269,8 +277,9 @@ def _open_transformers(source: str, subfolder: str, *, quick_gelu: bool) -> _Tow
         raise _cannot_open(source, error) from error
     width = text.hidden_size
     pooled = text.projection_dim if is_clip else width
-    sizes = (getattr(text, "max_position_embeddings", 77), width, pooled)
-    return _TransformersTower(model, sizes, tokenizer, depth=text.num_hidden_layers + 1)
+    positions = getattr(text, "max_position_embeddings", None)  # T5 has none: its positions are relative
+    sizes = (positions or _LENGTH, width, pooled)
+    return _TransformersTower(model, sizes, tokenizer, depth=text.num_hidden_layers + 1, positions=positions)
 
 
 def _open_open_clip(source: str, *, quick_gelu: bool) -> _Tower:

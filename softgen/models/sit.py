@@ -8,6 +8,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from softgen.categorical import check_token_range
 from softgen.models.blocks import Activation, Modulation, TransformerBlock, check_transformer, modulate
 from softgen.models.conditions import Asked, ClassCondition, Condition
 from softgen.pretrained import Pretrained
@@ -109,10 +110,11 @@ class SiT(Pretrained):
         """Make the condition from class labels, (B,) of any integer type.
 
         Raises:
-            ValueError: If prompts are given.
+            ValueError: If prompts are given, or (looked at on a CPU alone) there is no such class.
         """
         if not isinstance(asked, Tensor):
             raise ValueError("conditions: expected class labels, since this model is class-conditional, got prompts")
+        check_token_range(asked, max(1, self.num_classes) - 1, key="labels")
         return ClassCondition.of(asked.long())
 
     def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:

@@ -23,14 +23,14 @@ __all__ = [
 ]
 
 
-_SFTOK_CODES = 8192
+_SFTOK = (64, 8192)
 
 
 def published_sampler(model: MaskedDiffusionModel, *, key: str = "sampler") -> Sampler:
     """The sampler of a model's family at the settings that its published checkpoint was measured with.
 
     A model of a size of its own gets those of a published one: of MaskGIT and Meissonic the one for 256 pixels and with
-    `downsample`, of ImageBert those of TiTok's L-32 (or of SFTok's generator, if it has 8,192 codes).
+    `downsample`, of ImageBert those of TiTok's L-32. 64 sites of 8,192 codes are SFTok's generator.
 
     Raises:
         ValueError: If none were published for the family, or for these bits of MaskBit.
@@ -46,7 +46,7 @@ def published_sampler(model: MaskedDiffusionModel, *, key: str = "sampler") -> S
     if isinstance(model, MaskBit):
         return MaskBitSampler.published(model.config["bits"])
     if isinstance(model, ImageBert):
-        if model.num_codes == _SFTOK_CODES:
+        if (model.num_sites, model.num_codes) == _SFTOK:
             return TiTokSampler(guidance_decay="constant", randomize_temperature=1.0)
         if model.num_sites == 64:
             return TiTokSampler(guidance=3.0, randomize_temperature=11.0)

@@ -24,7 +24,8 @@ class TiTokSampler:
     """Draws all masked sites, then masks the least confident ones again.
 
     Published settings: L-32 noise 9.5, guidance 4.5, linear, 8 steps; B-64 noise 11, guidance 3, linear, 8 steps; S-128
-    noise 2.8, guidance 6.9, power-cosine with power 3, 64 steps; all with annealing.
+    noise 2.8, guidance 6.9, power-cosine with power 3, 64 steps; SFTok's generator noise 1, guidance 4.5, constant, 8
+    steps; all with annealing.
 
     Args:
         steps: S.

@@ -34,6 +34,14 @@ def test_one_pass_gives_every_metric() -> None:
     assert (quality.precision, quality.recall) == (expected.precision, expected.recall)
 
 
+def test_the_entropy_score_is_the_mean_over_parts() -> None:
+    quality = image_quality(
+        as_images(FAKE, LOGITS), extractor=PixelExtractor(feature_dim=4), reference=REFERENCE, split=12
+    )
+    parts = [entropy_score(part) for part in (LOGITS[:12], LOGITS[12:24], LOGITS[24:])]
+    assert quality.entropy_score == pytest.approx(sum(parts) / 3)
+
+
 def test_what_cannot_be_measured_is_none() -> None:
     extractor = PixelExtractor(feature_dim=4, has_classifier=False)
     quality = image_quality(as_images(FAKE), LABELS, extractor=extractor, reference=REFERENCE)

@@ -71,7 +71,7 @@ def test_features_and_logits_are_torch_fidelitys(
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
 
 
-def test_every_one_of_its_three_differences_counts(extractor: InceptionFeatures, weights: Path) -> None:
+def test_torchvisions_own_network_is_another(extractor: InceptionFeatures, weights: Path) -> None:
     from torchvision.models.inception import Inception3
 
     plain = Inception3(num_classes=1008, aux_logits=False, init_weights=False).eval()
@@ -190,11 +190,19 @@ def test_the_command(tmp_path: Path, weights: Path, capsys: pytest.CaptureFixtur
     words = [f"--model={tmp_path / 'model'}", "--extractor=inception", f"--statistics={tmp_path / 'reference.npz'}"]
     words += [f"--inception_weights={weights}", "--n=4", "--batch_size=3", f"--out={tmp_path / 'scores.json'}"]
     with pytest.warns(UserWarning, match=r"^n: a published FID is over 50,000 images, this one over 4: "):
-        evaluate([*words, "--sampler=published", "--guidance=1", "--device=cpu"])
+        evaluate([*words, "--sampler=published", "--device=cpu"])
     assert "fid_adm_4" in capsys.readouterr().out
     written = json.loads((tmp_path / "scores.json").read_text())
     (row,) = written["rows"]
     assert (row["name"], row["protocol"], row["n"], row["accuracy"]) == ("published", "fid_adm_4", 4, None)
     assert row["fd"] > 0
     assert row["precision"] is None
+    assert written["sampler"].startswith("PublishedMaskGITSampler(steps=8, ")
     assert len(written["statistics"]) == len(written["inception"]) == 16
+    with pytest.raises(SystemExit):
+        evaluate([*words, "--sampler=published", "--guidance=3", "--device=cpu"])
+    assert "guidance: expected none with sampler published" in capsys.readouterr().err
+    digits = ["--data=softgen.data.Digits", "--device=cpu"]
+    with pytest.raises(SystemExit):
+        evaluate([words[0], words[1], *digits])
+    assert "data: expected 3 classes as the model has, got 10" in capsys.readouterr().err

@@ -94,11 +94,6 @@ def test_sizes_come_from_the_checkpoint(tmp_path: Path) -> None:
 )
 def test_options_that_contradict_the_checkpoint(options: dict[str, int], message: str, tmp_path: Path) -> None:
     torch.save(build().state_dict(), tmp_path / "pytorch_model.bin")
-    for schedule in ("arccos", "cosine", "linear", "square"):
-        for sites, steps in ((256, 256), (256, 129), (16, 16), (16, 9)):
-            counts = published_reveal_counts(schedule, num_sites=sites, steps=steps)  # type: ignore[arg-type]
-            assert min(counts) >= 1
-            assert sum(counts) == sites
     with pytest.raises(ValueError, match=r"^model") as caught:
         MaskGIT.from_checkpoint(tmp_path, **{"nclass": C, **options})
     assert str(caught.value) == message

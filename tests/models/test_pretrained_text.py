@@ -169,5 +169,7 @@ def test_settings_that_the_model_cannot_serve(clip_folder: Path, open_clip_folde
         PretrainedTextEncoder(source, library="open_clip", layer=-9)
     with pytest.raises(ValueError, match=r"^text_encoder.length: expected 20 of this model of open_clip, got 9$"):
         PretrainedTextEncoder(source, library="open_clip", length=9)
+    with pytest.raises(ValueError, match=r"^text_encoder.length: expected at most 7 of this model, got 8$"):
+        PretrainedTextEncoder(str(clip_folder), length=8)
     deepest = PretrainedTextEncoder(str(clip_folder), layer=-PretrainedTextEncoder(str(clip_folder))._open().depth)
     assert deepest(PROMPTS).states.shape == (2, 7, 16)

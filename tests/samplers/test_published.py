@@ -19,6 +19,7 @@ def test_every_family_has_its_published_settings() -> None:
         maskgit = [MaskGIT(img_size=size, **SMALL) for size in (256, 512)]  # type: ignore[arg-type]
         maskbit = [MaskBit(bits=bits, **SMALL) for bits in (10, 14)]  # type: ignore[arg-type]
         bert = [ImageBert(image_seq_len=sites, **BERT) for sites in (32, 64)]  # type: ignore[arg-type]
+        sftok = ImageBert(image_seq_len=64, codebook_size=8192, **BERT)  # type: ignore[arg-type]
         uvit = UViTBert(**BERT)  # type: ignore[arg-type]
         native = MaskedTransformer(num_codes=4, num_sites=4, num_classes=3, width=8, depth=1, heads=2)
     assert [published_sampler(model) for model in maskgit] == [
@@ -34,6 +35,9 @@ def test_every_family_has_its_published_settings() -> None:
         for g, t in ((4.5, 9.5), (3.0, 11.0))
     ]
     assert [published_sampler(model) for model in bert] == linear
+    assert published_sampler(sftok) == TiTokSampler(
+        steps=8, guidance=4.5, guidance_decay="constant", randomize_temperature=1.0
+    )
     assert published_sampler(uvit) == TiTokSampler(
         steps=64, guidance=6.9, guidance_decay="power-cosine", guidance_power=3.0, randomize_temperature=2.8
     )

@@ -84,6 +84,12 @@ def test_a_new_model_says_nothing_and_keeps_its_input() -> None:
     assert torch.equal(model.blocks[0](embedded, told), embedded)
 
 
+def test_labels_that_are_no_classes_are_refused() -> None:
+    model = sit()
+    with pytest.raises(ValueError, match=rf"^labels: expected ids in 0..{model.num_classes - 1}, got "):
+        model.encode(torch.tensor([0, model.num_classes]))
+
+
 def test_the_model_sees_time_class_and_place() -> None:
     model, x = moved(sit()), torch.randn(1, 4, 3).expand(2, 4, 3)
     condition, times = model.encode(torch.tensor([1, 1])), torch.tensor([0.5, 0.5])
