@@ -1,6 +1,6 @@
 """A classifier as a judge: is this image of the wanted class?"""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -19,27 +19,33 @@ class ClassifierReward(Reward):
     The conditions are labels: integers, a tensor (B,), decimal strings, or class names.
 
     Args:
-        classifier: Maps images (B, 3, H, W) in [0, 1] to logits (B, C), by a method `logits` or else by being called;
-            or a folder that holds one as config.json + model.safetensors. It is frozen and put in eval mode in place.
+        classifier: A module that maps images (B, 3, H, W) in [0, 1] to logits (B, C), by a method `logits` or else by
+            being called; or a folder that holds one as config.json + model.safetensors. It is frozen and put in eval
+            mode in place.
         class_names: What each of the C classes is called, so that strings can name them.
         name: Name in logs and errors.
 
     Raises:
-        ValueError: The folder does not hold a classifier, or `class_names` are empty, blank or not unique.
+        ValueError: It is no module, the folder does not hold a classifier, or `class_names` are empty, blank or not
+            unique.
     """
 
     takes: Literal["prompts", "labels", "any"] = "labels"
 
     def __init__(
         self,
-        classifier: nn.Module | str | Path,
+        # A module, typed as what it does: of nn.Module the command line would list a thousand subclasses.
+        classifier: Callable[[Tensor], Tensor] | str | Path,
         *,
         class_names: Sequence[str] | None = None,
         name: str = "classifier",
     ) -> None:
         super().__init__(name=name, class_names=class_names)
-        if not isinstance(classifier, nn.Module):
+        if isinstance(classifier, (str, Path)):
             classifier = load_module(classifier, key="classifier")
+        if not isinstance(classifier, nn.Module):
+            got = type(classifier).__name__
+            raise ValueError(f"reward {self.name}: expected a module or the folder of one as classifier, got a {got}")
         self.classifier = classifier
         self.eval().requires_grad_(False)
 

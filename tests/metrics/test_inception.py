@@ -54,7 +54,7 @@ def _smooth(n: int, size: tuple[int, int], *, seed: int) -> Tensor:
     return torch.nn.functional.interpolate(small, size=size, mode="bicubic").clamp(0, 1)
 
 
-@pytest.mark.parametrize("size", [(32, 32), (256, 299), (340, 310)])
+@pytest.mark.parametrize("size", [(32, 299), (340, 310)])
 def test_features_and_logits_are_torch_fidelitys(
     size: tuple[int, int], extractor: InceptionFeatures, weights: Path
 ) -> None:
@@ -190,7 +190,10 @@ def test_bad_references_are_refused(tmp_path: Path, weights: Path) -> None:
         adm_protocol(statistics=path, weights=weights)
 
 
-def test_the_command(tmp_path: Path, weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(
+    tmp_path: Path, weights: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["softgen.metrics.image_quality"], "frechet_distance", _between_means)
     np.savez(tmp_path / "reference.npz", mu=np.zeros(2048), sigma=np.eye(2048))
     sizes = {"hidden_dim": 8, "depth": 1, "heads": 2, "mlp_dim": 8, "nclass": 3}
     tokenizer = TamingVQGAN(

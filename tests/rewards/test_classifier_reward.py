@@ -149,3 +149,8 @@ class Wrapper(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.inner(images) * 2
+
+
+def test_a_classifier_is_a_module() -> None:
+    with pytest.raises(ValueError, match=r"^reward classifier: expected a module or the folder of one .* a function$"):
+        ClassifierReward(lambda images: images.mean(dim=(2, 3)))
