@@ -2,11 +2,13 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from softgen import evaluate, load_generator, load_model, load_tokenizer, sample
+from softgen.classifier import RECIPES
 from softgen.quickstart import main as quickstart
 
 ROWS = ["tokenizer", "teacher_1", "teacher_4", "teacher_8", "teacher_16", "dimo", "dimo_gan", "dimo_reward", "tteo"]
@@ -16,7 +18,9 @@ ROWS = ["tokenizer", "teacher_1", "teacher_4", "teacher_8", "teacher_16", "dimo"
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("quickstart")
     short = ["--trainer.max_steps=6", "--trainer.val_check_interval=3", "--trainer.accelerator=cpu"]
-    quickstart([f"--out={folder}", "--n=80", "--seed=3", f"--overrides={json.dumps(short)}"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(RECIPES, "digits", replace(RECIPES["digits"], epochs=4))  # type: ignore[arg-type]
+        quickstart([f"--out={folder}", "--n=80", "--seed=3", f"--overrides={json.dumps(short)}"])
     return folder
 
 
