@@ -68,7 +68,7 @@ def image_quality(
     fake = check_samples(seen.features, name="generated images")
     pr: PrecisionRecall | None = None
     if reference_features is not None:
-        pr = precision_recall(_subset(reference_features, max_pr), _subset(fake, max_pr), k=k)
+        pr = precision_recall(fixed_subset(reference_features, max_pr), fixed_subset(fake, max_pr), k=k)
     return ImageQuality(
         fd=frechet_distance(FeatureStatistics.from_features(fake), reference),
         n=len(fake),
@@ -85,7 +85,7 @@ def _entropy_score(logits: Tensor, *, split: int) -> float:
     return statistics.mean(entropy_score(part) for part in parts if len(part) > 1 or len(parts) == 1)
 
 
-def _subset(rows: Tensor, limit: int) -> Tensor:
+def fixed_subset(rows: Tensor, limit: int) -> Tensor:
     """At most `limit` rows, drawn by a fixed seed: generated images often come sorted by class."""
     if len(rows) <= limit:
         return rows

@@ -90,7 +90,7 @@ class _MaxPooled(InceptionE):  # type: ignore[misc] # it has no types
     """The last block, whose pooling takes the largest instead of the mean."""
 
     def _forward(self, x: Tensor) -> list[Tensor]:
-        *others, _ = super()._forward(x)  # the mean's branch is thrown away: 0.2 % of the network's work
+        *others, _ = super()._forward(x)  # the mean's branch is thrown away: 25 M of the network's 5.7 G products
         return [*others, self.branch_pool(F.max_pool2d(x, kernel_size=3, stride=1, padding=1))]
 
 

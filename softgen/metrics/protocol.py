@@ -14,7 +14,7 @@ from softgen.metrics.classifier import SmallClassifier
 from softgen.metrics.classifier_training import classifier_accuracy, train_classifier
 from softgen.metrics.features import FeatureExtractor, extract_features, metric_name
 from softgen.metrics.frechet import FeatureStatistics
-from softgen.metrics.image_quality import ImageQuality, image_quality
+from softgen.metrics.image_quality import ImageQuality, fixed_subset, image_quality
 
 _MAX_REFERENCE = 5000
 _ADM_REFERENCE = 10_000
@@ -102,7 +102,7 @@ def small_protocol(
     return Protocol(
         extractor=classifier,
         reference=FeatureStatistics.from_features(features),
-        reference_features=_fixed_subset(features, _MAX_REFERENCE),
+        reference_features=fixed_subset(features, _MAX_REFERENCE),
         accuracy=accuracy,
     )
 
@@ -150,7 +150,7 @@ def adm_protocol(
     return Protocol(
         extractor=extractor,
         reference=known,
-        reference_features=None if features is None else _fixed_subset(features, _ADM_REFERENCE),
+        reference_features=None if features is None else fixed_subset(features, _ADM_REFERENCE),
         accuracy=None,
         metric="fid",
         neighbours=3,
@@ -177,8 +177,3 @@ def _images_beside(path: Path) -> Iterator[Tensor] | None:
             f"statistics: expected images (n, H, W, 3) of uint8 in {path}, got {tuple(images.shape)} of {images.dtype}"
         )
     return (part.permute(0, 3, 1, 2).float() / 255 for part in torch.split(images, _INCEPTION_BATCH))
-
-
-def _fixed_subset(features: Tensor, limit: int) -> Tensor:
-    """At most `limit` rows, drawn by a fixed seed."""
-    return features[torch.randperm(len(features), generator=torch.Generator().manual_seed(0))[:limit]]
