@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 Activation = Literal["gelu", "relu", "silu"]
+_FLAT = 1e-6  # of the largest variance; a direction of less is none
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
 
 
@@ -264,8 +265,26 @@ def reset_transformer(blocks: nn.ModuleList, head: nn.Linear) -> None:
     nn.init.zeros_(head.bias)
 
 
+def whiten(vectors: Tensor) -> Tensor:
+    """The vectors with mean 0 and uncorrelated dimensions of variance 1, turned as little as possible (ZCA).
+
+    What few vectors differ in then counts as much as what most of them do. Directions that hardly any vector takes, of
+    less than a millionth of the largest variance, are left out rather than blown up.
+
+    Args:
+        vectors: (K, D), K at least 2; computed in float64 on the CPU.
+    """
+    centred = vectors.cpu().double()
+    centred = centred - centred.mean(dim=0)
+    variances, directions = torch.linalg.eigh(centred.mT @ centred / len(centred))
+    scales = torch.where(variances > _FLAT * variances[-1], variances, torch.inf).rsqrt()
+    return (centred @ (directions * scales) @ directions.mT).to(vectors)
+
+
 @torch.no_grad()
-def start_from_codebook(rows: Tensor, codebook: Tensor, *, scale: float, generator: torch.Generator) -> None:
+def start_from_codebook(
+    rows: Tensor, codebook: Tensor, *, whitened: bool, scale: float, generator: torch.Generator
+) -> None:
     """Start one vector a code, in place, as a random projection of the code vectors.
 
     Near codes then look alike from the first step. With random rows a model must learn each code by itself, and of many
@@ -274,11 +293,12 @@ def start_from_codebook(rows: Tensor, codebook: Tensor, *, scale: float, generat
     Args:
         rows: (at least K, d), of the token embeddings or of the output layer; the first K are replaced.
         codebook: (K, D).
+        whitened: Project what `whiten` makes of the code vectors.
         scale: Standard deviation of the values; their mean over the codes is 0.
         generator: Of the projection, on the CPU.
     """
     vectors = codebook.float()
-    vectors = vectors - vectors.mean(dim=0)
+    vectors = whiten(vectors) if whitened else vectors - vectors.mean(dim=0)
     projection = torch.randn(vectors.shape[1], rows.shape[1], generator=generator)
     projected = vectors @ projection.to(vectors.device)
     rows[: len(projected)] = (scale / projected.std() * projected).to(rows)

@@ -3,7 +3,7 @@
 import sys
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
@@ -28,6 +28,8 @@ from softgen.tokenizers.base import ImageTokenizer
 from softgen.training.optimization import OptimizerConfig
 from softgen.training.stage import Stage, check_conditions, check_images
 from softgen.training.targets import CodeTarget, HardTarget, NeighbourTarget, TableTarget, Target, check_target
+
+VectorStart = Literal["random", "codebook", "whitened_codebook"]
 
 _HEAD_SCALE = 4.0  # over d: logits of a fresh model then have a standard deviation of 4 / sqrt(d)
 _TAU_IMAGES, _TAU_LATENTS = 256, 4096  # that the automatic 2 tau^2 is measured on
@@ -60,10 +62,12 @@ class TeacherTraining(Stage):
             the table's q, 2 tau^2 and distance, at the cost of hard targets.
         weighting: `uniform` over masked sites, or `elbo`: 1/t (SNCE, eq. 15).
         mask_law: Of the mask ratio t.
-        embedding_init: How a native model's token embeddings start: `random`, or `codebook`, a random projection of the
-            tokenizer's code vectors, which large codebooks need.
-        head_init: How a native model's output layer starts: `random`, or `codebook`: each code's row lies along the
-            same projection, so that near codes have near logits from the first step.
+        embedding_init: How a native model's token embeddings start: `random`; `codebook`, a random projection of the
+            tokenizer's code vectors, which large codebooks need; or `whitened_codebook`, that of the whitened vectors.
+            Where most of the codebook's variance lies in a few directions, such as the brightness of a background,
+            whitening makes the others be seen: a teacher of shapes learns in a third of the steps.
+        head_init: How a native model's output layer starts: `random`, `codebook` or `whitened_codebook`: each code's
+            row lies along the same projection, so that near codes have near logits from the first step.
         token_noise: Share of images, in [0, 1], some of whose visible tokens are those of the next image of the batch,
             any share of them. What a student draws can be all of a piece and yet not what was asked for: such a teacher
             doubts it, where others believe what they see before the condition.
@@ -85,8 +89,8 @@ class TeacherTraining(Stage):
         neighbour_table: str | NeighbourTable | None = None,
         weighting: Literal["uniform", "elbo"] = "uniform",
         mask_law: MaskLaw = "arccos",
-        embedding_init: Literal["random", "codebook"] = "random",
-        head_init: Literal["random", "codebook"] = "random",
+        embedding_init: VectorStart = "random",
+        head_init: VectorStart = "random",
         token_noise: float = 0.0,
         label_dropout: float = 0.1,
         preview_steps: int = 8,
@@ -106,14 +110,14 @@ class TeacherTraining(Stage):
         self.hold_frozen("tokenizer", opened)
         self.model = model
         for name, start in (("embedding_init", embedding_init), ("head_init", head_init)):
-            if start not in ("random", "codebook"):
-                raise ValueError(f"model.{name}: expected random or codebook, got {start!r}")
+            if start not in get_args(VectorStart):
+                raise ValueError(f"model.{name}: expected {', '.join(get_args(VectorStart))}, got {start!r}")
             if start == "random":
                 continue
             if not isinstance(model, (MaskedTransformer, AutoregressiveTransformer)):
                 raise ValueError(
                     f"model.{name}: expected random for a {type(model).__name__}, whose vectors are its own, "
-                    "got codebook"
+                    f"got {start}"
                 )
             rows, scale = (
                 (model.token_embedding.weight, 1.0)
@@ -121,7 +125,8 @@ class TeacherTraining(Stage):
                 else (model.head.weight, _HEAD_SCALE / model.head.in_features)
             )
             generator = torch.Generator().manual_seed(derive_seed(seed, "embedding"))
-            start_from_codebook(rows, opened.codebook, scale=scale, generator=generator)
+            whitened = start == "whitened_codebook"
+            start_from_codebook(rows, opened.codebook, whitened=whitened, scale=scale, generator=generator)
         self.target = target
         self.label_smoothing = label_smoothing if target == "label_smoothing" else 0.0
         self.two_tau_squared = two_tau_squared if two_tau_squared == "auto" else float(two_tau_squared)

@@ -11,6 +11,7 @@ from torch import Tensor
 from softgen.data import Digits, TokenCache, write_token_cache
 from softgen.data.base import Batch
 from softgen.models import AutoregressiveTransformer, MaskedTransformer
+from softgen.models.blocks import whiten
 from softgen.relaxation import NeighbourTable
 from softgen.tokenizers import ConvVQTokenizer
 from softgen.training import OptimizerConfig, TeacherTraining
@@ -250,11 +251,12 @@ def test_auto_two_tau_squared_from_stored_tokens(
     assert "perplexity of q: median" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("start", ["codebook", "whitened_codebook"])
 @pytest.mark.parametrize("build", [_stage, _autoregressive])
 def test_embeddings_can_start_from_the_codebook(
-    tokenizer: ConvVQTokenizer, build: Callable[..., TeacherTraining]
+    tokenizer: ConvVQTokenizer, build: Callable[..., TeacherTraining], start: str
 ) -> None:
-    table = build(tokenizer, embedding_init="codebook").model.token_embedding.weight  # type: ignore[union-attr]
+    table = build(tokenizer, embedding_init=start).model.token_embedding.weight  # type: ignore[union-attr]
     assert isinstance(table, Tensor)
     rows = table[:12].detach()
     torch.testing.assert_close(rows.mean(0), torch.zeros(16), rtol=0, atol=1e-5)
@@ -263,23 +265,34 @@ def test_embeddings_can_start_from_the_codebook(
     centred = tokenizer.codebook - tokenizer.codebook.mean(0)
     solution = torch.linalg.lstsq(centred, rows).solution
     torch.testing.assert_close(centred @ solution, rows, rtol=1e-3, atol=1e-3)
-    again = build(tokenizer, embedding_init="codebook").model.token_embedding.weight  # type: ignore[union-attr]
+    again = build(tokenizer, embedding_init=start).model.token_embedding.weight  # type: ignore[union-attr]
     assert torch.equal(again[:12], rows)  # type: ignore[index]
 
 
+def test_a_whitened_start_projects_the_whitened_codes(tokenizer: ConvVQTokenizer) -> None:
+    rows = _stage(tokenizer, embedding_init="whitened_codebook").model.token_embedding.weight[:12].detach()  # type: ignore[union-attr,index]
+    plain = _stage(tokenizer, embedding_init="codebook").model.token_embedding.weight[:12].detach()  # type: ignore[union-attr,index]
+    centred, whitened = tokenizer.codebook - tokenizer.codebook.mean(0), whiten(tokenizer.codebook)
+    # One projection of both, up to the scale that gives the values a standard deviation of 1.
+    projections = [torch.linalg.lstsq(*pair).solution for pair in ((centred, plain), (whitened, rows))]
+    torch.testing.assert_close(*[part / part.norm() for part in projections], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("start", ["codebook", "whitened_codebook"])
 @pytest.mark.parametrize("build", [_stage, _autoregressive])
 def test_the_output_layer_can_start_along_the_embeddings(
-    tokenizer: ConvVQTokenizer, build: Callable[..., TeacherTraining]
+    tokenizer: ConvVQTokenizer, build: Callable[..., TeacherTraining], start: str
 ) -> None:
-    model = build(tokenizer, embedding_init="codebook", head_init="codebook").model
+    model = build(tokenizer, embedding_init=start, head_init=start).model
     rows, head = model.token_embedding.weight[:12], model.head.weight  # type: ignore[union-attr,index]
     assert isinstance(head, Tensor)
     torch.testing.assert_close(head, 4 / 16 * rows)
-    assert not torch.allclose(build(tokenizer, embedding_init="codebook").model.head.weight, head)  # type: ignore[union-attr,arg-type]
+    assert not torch.allclose(build(tokenizer, embedding_init=start).model.head.weight, head)  # type: ignore[union-attr,arg-type]
 
 
 def test_the_start_of_embeddings_is_checked(tokenizer: ConvVQTokenizer) -> None:
-    with pytest.raises(ValueError, match=r"^model.embedding_init: expected random or codebook, got 'zeros'$"):
+    known = "random, codebook, whitened_codebook"
+    with pytest.raises(ValueError, match=f"^model.embedding_init: expected {known}, got 'zeros'$"):
         _stage(tokenizer, embedding_init="zeros")
-    with pytest.raises(ValueError, match=r"^model.head_init: expected random or codebook, got 'zeros'$"):
+    with pytest.raises(ValueError, match=f"^model.head_init: expected {known}, got 'zeros'$"):
         _stage(tokenizer, head_init="zeros")
