@@ -26,7 +26,7 @@ class RewardScore(Metric):
     def __init__(self, reward: Reward, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.reward = reward
-        self.add_state("total", default=torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("total", default=torch.zeros(()), dist_reduce_fx="sum")  # MPS has no float64
         self.add_state("count", default=torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
     @torch.no_grad()
@@ -38,9 +38,9 @@ class RewardScore(Metric):
             conditions: B prompts or labels, as the reward takes them.
         """
         scores = self.reward(images, conditions)
-        self.total += scores.double().sum()
+        self.total += scores.float().sum()
         self.count += len(scores)
 
     def compute(self) -> Tensor:
-        """The mean, a scalar, float64; NaN before the first image."""
+        """The mean, a scalar, float32; NaN before the first image."""
         return self.total / self.count

@@ -52,7 +52,6 @@ def _options(stage: str, folder: Path) -> list[str]:
 def _fit(options: list[str], run_dir: Path, *extra: str) -> None:
     main(
         [
-            *options,
             f"--run_dir={run_dir}",
             "--trainer.accelerator=cpu",
             "--trainer.max_steps=17",
@@ -61,6 +60,7 @@ def _fit(options: list[str], run_dir: Path, *extra: str) -> None:
             "--trainer.logger=false",
             "--checkpoint.every_n_steps=3",
             "--seed=5",
+            *options,
             *extra,
         ]
     )
@@ -164,6 +164,34 @@ def test_a_run_that_is_told_to_stop_within_a_step_resumes_bit_equal(
     if found is not None:
         _fit(options, tmp_path / "told", "--ckpt_path=last")
         _same_tensors(tmp_path / "whole/model/model.safetensors", tmp_path / "told/model/model.safetensors")
+
+
+def _run_and_be_told_to_stop_in_validation(validation: int, options: list[str], run_dir: Path) -> None:
+    def counting(self: Stage) -> None:
+        nonlocal validation
+        validation -= 1
+        if validation == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    Stage.on_validation_start = counting  # type: ignore[method-assign]
+    _fit(options, run_dir)
+
+
+@pytest.mark.parametrize(
+    ("stage", "interval", "step"),
+    [("distill", 2, 4), ("distill", 5, 10), ("accumulating", 3, 4), ("accumulating tokenizer", 4, 5)],
+)
+def test_a_run_that_is_told_to_stop_in_validation_resumes_bit_equal(
+    stage: str, interval: int, step: int, tmp_path: Path
+) -> None:
+    """In the middle of an epoch, at its end, and within an accumulated step; the weights are averaged ones then."""
+    options = [*_options(stage, tmp_path), f"--trainer.val_check_interval={interval}", "--trainer.limit_val_batches=2"]
+    _fit(options, tmp_path / "whole")
+    _in_child(lambda: _run_and_be_told_to_stop_in_validation(2, options, tmp_path / "told"))
+    assert latest_checkpoint(tmp_path / "told") == tmp_path / f"told/checkpoints/step_{step:08d}.ckpt"
+
+    _fit(options, tmp_path / "told", "--ckpt_path=last")
+    _same_tensors(tmp_path / "whole/model/model.safetensors", tmp_path / "told/model/model.safetensors")
 
 
 def test_global_draws_are_those_of_the_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

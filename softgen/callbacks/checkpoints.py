@@ -88,10 +88,19 @@ class ResumeCheckpoint(Checkpoint):
         if trainer.accumulate_grad_batches > 1:
             self._buffers = {name: buffer.detach().clone() for name, buffer in pl_module.named_buffers()}
 
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Write also where SIGTERM cuts a validation short; a resumed run does not take that up again."""
+        if trainer.received_sigterm:
+            self._write_in_validation(trainer)
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write also where a validation ends the run (early stopping)."""
-        fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
-        if fitting and trainer.should_stop and trainer.global_step != self._written_step:
+        if trainer.should_stop:
+            self._write_in_validation(trainer)
+
+    def _write_in_validation(self, trainer: Trainer) -> None:
+        real = not trainer.sanity_checking and not trainer.fast_dev_run  # type: ignore[attr-defined]
+        if real and trainer.state.fn == TrainerFn.FITTING and trainer.global_step != self._written_step:
             self._written_step = trainer.global_step
             self._write(trainer, self.folder / _name(trainer.global_step))
 
