@@ -65,8 +65,8 @@ class TeacherTraining(Stage):
         embedding_init: How a native model's token embeddings start: `random`; `codebook`, a random projection of the
             tokenizer's code vectors, which large codebooks need; or `whitened_codebook`, that of the whitened vectors.
             Where most of the codebook's variance lies in a few directions, such as the brightness of a background,
-            whitening makes the others be seen. A teacher of shapes learnt faster so (.54 after 1,500 steps, not .42), but
-            was no better to distil (benchmarks/results/text_to_image.md).
+            whitening makes the others be seen. A teacher of shapes learnt faster so (.54 after 1,500 steps, not .42),
+            but was no better to distil (benchmarks/results/text_to_image.md).
         head_init: How a native model's output layer starts: `random`, `codebook` or `whitened_codebook`: each code's
             row lies along the same projection, so that near codes have near logits from the first step.
         token_noise: Share of images, in [0, 1], some of whose visible tokens are those of the next image of the batch,
