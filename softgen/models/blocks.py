@@ -278,7 +278,8 @@ def whiten(vectors: Tensor) -> Tensor:
     centred = centred - centred.mean(dim=0)
     variances, directions = torch.linalg.eigh(centred.mT @ centred / len(centred))
     scales = torch.where(variances > _FLAT * variances[-1], variances, torch.inf).rsqrt()
-    return (centred @ (directions * scales) @ directions.mT).to(vectors)
+    whitened: Tensor = centred @ (directions * scales) @ directions.mT
+    return whitened.to(vectors)
 
 
 @torch.no_grad()
