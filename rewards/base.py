@@ -43,7 +43,7 @@ class Reward(nn.Module, ABC):
         compute: As given.
 
     Raises:
-        ValueError: `class_names` are empty, blank or not unique.
+        ValueError: `class_names` are no list of strings, empty, blank or not unique.
     """
 
     name: str = ""
@@ -60,9 +60,9 @@ class Reward(nn.Module, ABC):
         super().__init__()
         self.compute = compute
         self.name = name or self.name or type(self).__name__
+        if class_names is not None:
+            _check_class_names(class_names, name=self.name)
         self.class_names = None if class_names is None else tuple(class_names)
-        if self.class_names is not None:
-            _check_class_names(self.class_names, name=self.name)
 
     def __call__(self, images: Tensor, conditions: Conditions) -> Tensor:
         """Score a batch.
@@ -144,6 +144,8 @@ class Reward(nn.Module, ABC):
 
 
 def _check_class_names(class_names: Sequence[str], *, name: str) -> None:
+    if isinstance(class_names, str) or not all(isinstance(word, str) for word in class_names):
+        raise ValueError(f"reward {name}: expected class_names to be a list of strings, got {class_names!r}")
     if not class_names or not all(word.strip() for word in class_names):
         raise ValueError(f"reward {name}: expected class_names that are not empty, got {list(class_names)}")
     for word in class_names:

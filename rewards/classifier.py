@@ -66,6 +66,8 @@ class ClassifierReward(Reward):
         return F.log_softmax(logits, dim=1).gather(1, labels[:, None])[:, 0]
 
     def _logits(self, images: Tensor) -> Tensor:
+        weight = next((value for value in self.classifier.parameters() if value.is_floating_point()), images)
+        images = images.to(weight.dtype)
         method = getattr(self.classifier, "logits", None)
         output = method(images) if callable(method) else self.classifier(images)
         if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != len(images):

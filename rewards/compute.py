@@ -6,6 +6,7 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from rewards.activations import recompute_activations
 from rewards.conditions import Conditions
@@ -123,11 +124,17 @@ def score_in_parts(
 
 
 def _cast(module: nn.Module, dtype: torch.dtype) -> None:
-    """Weights in `dtype`, but for heads and for scalars; buffers, such as the frequencies of rotations, stay."""
+    """Weights in `dtype`; narrowed without those of heads, of batch norms (they go by float32 statistics) and scalars.
+
+    Other buffers, such as the frequencies of rotations, stay.
+    """
+    norms = [part for part in module.modules() if isinstance(part, _BatchNorm)]
     heads = [part for part in module.modules() if isinstance(part, WideHead)]
-    wide = {id(parameter) for head in heads for parameter in head.parameters()}
+    wide = {id(parameter) for part in (*heads, *norms) for parameter in part.parameters()}
     if dtype == torch.float64:
         wide.clear()
+        for norm in norms:
+            norm.to(dtype)
     for parameter in module.parameters():
         if parameter.ndim and id(parameter) not in wide:
             parameter.data = parameter.data.to(dtype)

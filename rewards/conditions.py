@@ -27,6 +27,8 @@ def check_count(conditions: Conditions, *, batch: int, name: str) -> None:
 def as_prompts(conditions: Conditions, *, name: str, class_names: Sequence[str] | None) -> list[str]:
     """Strings as they are; a class label as the name of its class.
 
+    Where classes have names, a decimal number is a label also as a string, as a command line has it.
+
     Args:
         conditions: B of them.
         name: Of the reward, for error messages.
@@ -37,8 +39,8 @@ def as_prompts(conditions: Conditions, *, name: str, class_names: Sequence[str] 
     """
     words = [word for word in conditions if isinstance(word, str)]
     if len(words) == len(conditions):
-        return words
-    labels = _label_tensor(conditions, name=name)
+        return [_in_words(word, class_names or (), name=name) for word in words]
+    labels = _label_tensor(conditions, name=name).cpu()
     if class_names is None:
         raise ValueError(f"reward {name}: expected prompts, got class labels (class_names would turn them into words)")
     check_labels(labels, num_classes=len(class_names), name=name)
@@ -84,10 +86,21 @@ def check_labels(labels: Tensor, *, num_classes: int, name: str) -> None:
         raise ValueError(f"reward {name}: expected labels in [0, {num_classes - 1}], got {int(wrong[0])}")
 
 
+def _in_words(word: str, class_names: Sequence[str], *, name: str) -> str:
+    if not class_names or word in class_names or not _is_number(word):
+        return word
+    check_labels(torch.tensor([int(word)]), num_classes=len(class_names), name=name)
+    return class_names[int(word)]
+
+
+def _is_number(word: str) -> bool:
+    return word.isascii() and word.isdigit()
+
+
 def _label(word: str, indices: dict[str, int], *, name: str) -> int:
     if word in indices:
         return indices[word]
-    if word.isascii() and word.isdigit():
+    if _is_number(word):
         return int(word)
     known = f", one of {', '.join(indices)}," if indices else ""
     raise ValueError(f"reward {name}: expected a class name{known} or a label as a number, got {word!r}")

@@ -122,8 +122,9 @@ class HPSv3Reward(Reward):
         if self.official is not None:
             return self.official(images, prompts)
         rows, grids = patch_rows(images, least=self.pixels, most=self.pixels)
-        tokens = int(grids[0].prod()) // MERGE**2
+        tokens = len(rows) // len(images) // MERGE**2
         ids, mask = self.tokens(prompts, image_tokens=tokens)
+        self._check_asked(ids)
         return self.score(rows, grids, ids.to(images.device), mask.to(images.device))[:, 0]
 
     def tokens(self, prompts: Sequence[str], *, image_tokens: int) -> tuple[Tensor, Tensor]:
@@ -145,15 +146,9 @@ class HPSv3Reward(Reward):
     def score(self, rows: Tensor, grids: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         """Mean and spread parameter (B, 2) from patch rows, their grids (B, 3), token ids (B, L) and their mask.
 
-        Raises:
-            ValueError: A text has no reward token, or more than one.
+        Each text has one reward token.
         """
         asked = ids == self.reward_token_id
-        if not bool((asked.sum(dim=1) == 1).all()):
-            raise ValueError(
-                f"reward {self.name}: expected one token {self.reward_token_id} (reward_token_id) a text, "
-                "got another count"
-            )
         weights = next(self.model.language_model.parameters())
         seen = self.model.visual(rows.to(weights.dtype), grid_thw=grids)
         embedded = self.model.language_model.embed_tokens(ids)
@@ -164,6 +159,14 @@ class HPSv3Reward(Reward):
         out_states = self.model.language_model(inputs_embeds=embedded, attention_mask=mask, use_cache=False)
         out: Tensor = self.rm_head(out_states.last_hidden_state[asked])
         return out
+
+    def _check_asked(self, ids: Tensor) -> None:
+        """Refuse texts (B, L), while still on the CPU, that have no reward token, or more than one."""
+        if not bool(((ids == self.reward_token_id).sum(dim=1) == 1).all()):
+            raise ValueError(
+                f"reward {self.name}: expected one token {self.reward_token_id} (reward_token_id) a text, "
+                "got another count"
+            )
 
 
 def _loaded(model: Any, state: Mapping[str, Tensor], cls: Any, settings: Any, *, dtype: torch.dtype) -> Any:

@@ -119,7 +119,11 @@ class _Worker:
         except OSError as error:
             raise ValueError(f"python: expected an interpreter, got '{self._python}' ({one_line(error)})") from error
         weakref.finalize(self, _end, self._process)
-        self._ask({"command": "build", **self._build})
+        try:
+            self._ask({"command": "build", **self._build})
+        except WorkerError:  # a process without a reward is of no use
+            self.stop()
+            raise
 
     def stop(self) -> None:
         """End the process, if there is one."""
@@ -149,7 +153,14 @@ class _Worker:
         if self._process is None or self._memory is None:
             self.start()
         assert self._memory is not None
-        self._memory.fit(2 * pixels.numel() * 4)
+        size = 2 * pixels.numel() * 4
+        try:
+            self._memory.fit(size)
+        except OSError as error:
+            raise WorkerError(
+                f"reward {self._name}: expected {size / 2**20:.0f} MiB of shared memory for {len(pixels)} images, got "
+                f"an error ({one_line(error)}; fewer at a time take less)"
+            ) from error
         self._memory.tensor(pixels.shape, offset=0).copy_(pixels)
         answer = self._ask({**request, "bytes": self._memory.size})
         gradient = self._memory.tensor(pixels.shape, offset=4 * pixels.numel()).clone() if request["gradient"] else None
@@ -210,10 +221,18 @@ class _SharedMemory:
         self._map: mmap.mmap | None = None
 
     def fit(self, size: int) -> None:
-        """Make room for so many bytes."""
+        """Make room for so many bytes.
+
+        Raises:
+            OSError: There is not so much memory.
+        """
         if size <= self.size:
             return
-        os.ftruncate(self.descriptor, size)
+        if hasattr(os, "posix_fallocate"):
+            # What is promised and not there would end the process that writes to it.
+            os.posix_fallocate(self.descriptor, 0, size)
+        else:
+            os.ftruncate(self.descriptor, size)
         self._map, self.size = mmap.mmap(self.descriptor, size), size
 
     def tensor(self, shape: Sequence[int], *, offset: int) -> Tensor:

@@ -11,6 +11,15 @@ OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
+def normalised(images: Tensor, *, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """(images - mean) / std, a number for each channel of images (B, C, H, W).
+
+    Channel by channel: a tensor of numbers would have to be brought to the device, and the processor to wait for it.
+    """
+    channels = zip(images.unbind(1), mean, std, strict=True)
+    return torch.stack([(channel - shift) / scale for channel, shift, scale in channels], dim=1)
+
+
 @dataclass(frozen=True)
 class Preprocessing:
     """Antialiased resize, centre crop, and the model's own mean and std.
@@ -59,8 +68,7 @@ class Preprocessing:
             images = images[..., top : top + self.size[0], left : left + self.size[1]]
         elif self.resize_mode == "shortest":
             images = functional.center_crop(images, list(self.size))
-        mean, std = (images.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
-        return (images - mean) / std
+        return normalised(images, mean=self.mean, std=self.std)
 
     def _resized(self, height: int, width: int) -> tuple[int, int]:
         """Height and width after the resize, before the crop."""

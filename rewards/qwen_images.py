@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rewards.preprocessing import OPENAI_MEAN, OPENAI_STD
+from rewards.preprocessing import OPENAI_MEAN, OPENAI_STD, normalised
 
 PATCH, MERGE, FRAMES = 14, 2, 2
 
@@ -52,8 +52,7 @@ def patch_rows(images: Tensor, *, least: int, most: int) -> tuple[Tensor, Tensor
     size = fitted_size(height, width, least=least, most=most)
     if size != (height, width):
         images = F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False)
-    mean, std = (images.new_tensor(values)[:, None, None] for values in (OPENAI_MEAN, OPENAI_STD))
-    images = (images - mean) / std
+    images = normalised(images, mean=OPENAI_MEAN, std=OPENAI_STD)
     rows, columns = size[0] // PATCH, size[1] // PATCH
     # Patches are ordered so that the 2 x 2 that the model merges lie side by side.
     tiles = images.view(batch, 3, rows // MERGE, MERGE, PATCH, columns // MERGE, MERGE, PATCH)

@@ -124,6 +124,12 @@ def _factory(name: str) -> Callable[..., Any]:
         ) from error
     if not callable(factory):
         raise ValueError(f"reward {name}: expected a class or a function, got a {type(factory).__name__}")
+    if name not in BUILT_IN and name not in plugins:
+        # Any name can be given, by a file of another's making too: what is no reward is not even called.
+        from rewards.base import Reward
+
+        if not (isinstance(factory, type) and issubclass(factory, Reward)):
+            raise ValueError(f"reward {name}: expected the path of a rewards.Reward class, got another object")
     return factory
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from rewards.base import Reward
 from rewards.errors import one_line
 
 
@@ -52,6 +53,8 @@ def _build(config: Mapping[str, Any], *, key: str) -> nn.Module:
         raise ValueError(f"{key}: expected an importable class_path, got {class_path!r} ({one_line(error)})") from error
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         raise ValueError(f"{key}: expected the class_path of an nn.Module, got {class_path!r}")
+    if issubclass(cls, Reward):  # one of them starts programs
+        raise ValueError(f"{key}: expected the class_path of an nn.Module that is no reward, got {class_path!r}")
     init_args = {
         name: _build(value, key=key) if isinstance(value, dict) and "class_path" in value else value
         for name, value in config.get("init_args", {}).items()

@@ -4,10 +4,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from rewards.errors import one_line
 from rewards.registry import build, prepare
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from rewards.base import Reward
 
 T = TypeVar("T")
 
@@ -62,7 +65,7 @@ def print_scores(
                 f"--reward: expected names that are unique, got {judge.name!r} twice (see the option name)"
             )
         with torch.no_grad():
-            scores = [judge(image[None], [prompt]) for image, prompt in _rows(pixels, prompts, paired=paired)]
+            scores = [_score(judge, image, prompt) for image, prompt in _rows(pixels, prompts, paired=paired)]
         columns[judge.name] = [f"{float(score):.6f}" for score in scores]
         del judge  # before the next one is opened
     named = [(str(path), prompt) for path, prompt in _rows(images, prompts, paired=paired)]
@@ -90,6 +93,16 @@ def read_image(path: Path) -> "Tensor":
     except (OSError, SyntaxError, ValueError) as error:  # PIL reports a broken png by SyntaxError
         raise ValueError(f"images: expected an image, got '{path}', which cannot be read ({error})") from error
     return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
+
+
+def _score(judge: "Reward", image: "Tensor", prompt: str) -> "Tensor":
+    try:
+        return judge(image[None], [prompt])
+    except RuntimeError as error:
+        size = f"{image.shape[1]}x{image.shape[2]}"
+        raise ValueError(
+            f"reward {judge.name}: expected to score images of {size}, got an error ({one_line(error)})"
+        ) from error
 
 
 def _rows(images: Sequence[T], prompts: Sequence[str], *, paired: bool) -> Iterator[tuple[T, str]]:

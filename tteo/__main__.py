@@ -3,14 +3,14 @@
 A text-conditional generator takes `--prompt "a red circle"` instead.
 """
 
+import os
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from rewards import Reward, build, probe_reward
 from softgen.cli import run_command
-from softgen.files import write_json
+from softgen.files import save_tensors, write_json
 from softgen.images import save_grid, save_image
 from softgen.loading import load_generator, load_tokenizer
 from softgen.sample import check_writable, choose_device, prompts_of, wanted_conditions
@@ -76,6 +76,8 @@ def write_result(result: TTEOResult, folder: Path) -> None:
     `tokens` and the input `embeddings` of the best images and the `start_tokens`, and with `settings.keep_every`
     trajectory.png, a row for each step that was kept.
     """
+    for old in (*(folder / "images").glob("[0-9]" * 5 + ".png"), folder / "trajectory.png"):  # of an earlier run
+        old.unlink(missing_ok=True)
     for index, image in enumerate(result.images):
         save_image(image, folder / "images" / f"{index:05d}.png")
     shown = min(20, len(result.images))
@@ -85,7 +87,7 @@ def write_result(result: TTEOResult, folder: Path) -> None:
         save_grid(result.trajectory[:, :shown].flatten(0, 1), folder / "trajectory.png", columns=shown)
     _write_curve(result, folder / "curve.png")
     kept = {"tokens": result.tokens, "embeddings": result.embeddings, "start_tokens": result.start_tokens}
-    save_file({name: value.cpu().contiguous() for name, value in kept.items()}, folder / "result.safetensors")
+    save_tensors(folder / "result.safetensors", kept)
     scores = {
         "before": result.before.tolist(),
         "after": result.after.tolist(),
@@ -106,7 +108,9 @@ def _write_curve(result: TTEOResult, path: Path) -> None:
     axes.set_xlabel("step")
     axes.set_ylabel("mean score")
     axes.legend(frameon=False)
-    figure.savefig(path)
+    scratch = path.with_name(f".{path.name}.partial")
+    figure.savefig(scratch, format="png")
+    os.replace(scratch, path)
 
 
 def main(args: list[str] | None = None) -> None:

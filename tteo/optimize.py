@@ -133,7 +133,9 @@ def optimize(
         conditions = torch.tensor(conditions)
     check_compatible(generator.model, tokenizer)
     size = settings.batch_size or len(conditions)
-    with _frozen(generator, tokenizer, reward, judge), torch.enable_grad():
+    # Gradients are wanted here whatever the caller has switched off.
+    with _frozen(generator, tokenizer, reward, judge), torch.inference_mode(False), torch.enable_grad():
+        conditions = conditions.clone() if isinstance(conditions, Tensor) else conditions
         parts = []
         for first in range(0, len(conditions), size):
             part = conditions[first : first + size]

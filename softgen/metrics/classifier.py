@@ -61,7 +61,7 @@ class SmallClassifier(FeatureExtractor, Pretrained):
         expected = (3, self.image_size, self.image_size)
         if images.ndim != 4 or images.shape[1:] != expected:
             raise ValueError(f"images: expected (B, {', '.join(map(str, expected))}), got {tuple(images.shape)}")
-        features = F.relu(self.neck(self.body(2 * images.float() - 1)))
+        features = F.relu(self.neck(self.body(2 * images.to(self.neck.weight.dtype) - 1)))
         return ImageFeatures(features=features, logits=self.head(features))
 
     def save(self, folder: str | Path) -> None:

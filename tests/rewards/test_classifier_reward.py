@@ -108,6 +108,10 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
         ('{"class_path": "nobody"}', "expected an importable class_path, got 'nobody'"),
         ('{"class_path": "json.dumps"}', "expected the class_path of an nn.Module, got 'json.dumps'"),
         (
+            '{"class_path": "rewards.Isolated", "init_args": {"reward": "os.getpid"}}',
+            "expected the class_path of an nn.Module that is no reward, got 'rewards.Isolated'",
+        ),
+        (
             '{"class_path": "toy_rewards.LinearClassifier", "init_args": {"depth": 1}}',
             "expected the arguments of LinearClassifier, got an error .*depth",
         ),

@@ -95,6 +95,26 @@ def test_weights_in_bfloat16_but_heads_scales_and_scores_in_float32(name: str, t
         assert parameter.dtype == (torch.float32 if wide else torch.bfloat16)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+def test_batch_norms_go_with_their_statistics(dtype: Any) -> None:
+    class Normed(Reward):
+        def __init__(self, compute: Compute) -> None:
+            super().__init__(name="normed", compute=compute)
+            torch.manual_seed(3)
+            self.net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 3))
+            nn.init.uniform_(self.net[1].running_var, 0.5, 2)  # type: ignore[arg-type]
+            self.settle()
+
+        def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+            return self.net(images.to(self.net[0].weight.dtype)).float().mean(dim=(1, 2, 3))  # type: ignore[arg-type]
+
+    images = torch.rand(3, 3, 8, 8)
+    narrow, plain = Normed(Compute(dtype=dtype)), Normed(Compute())
+    assert narrow.net[0].weight.dtype == getattr(torch, dtype)
+    for got, wanted in zip(score(narrow, images), score(plain, images), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=0.05, atol=0.01)
+
+
 @EACH
 def test_micro_batches_change_nothing(name: str, tmp_path: Path) -> None:
     plain, parts = pair(name, tmp_path, Compute(micro_batch=2))

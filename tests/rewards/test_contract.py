@@ -8,9 +8,10 @@ import torch
 from tiny_checkpoints import BUILDERS
 from torch import Tensor, nn
 
-from rewards import Reward
+from rewards import ClassifierReward, Reward
 from rewards.metrics import RewardScore
 from rewards.testing import check_reward
+from softgen.metrics import SmallClassifier
 
 PROMPTS = ["a red cat", "photo of two blue dog", "a"]
 
@@ -94,6 +95,12 @@ def test_one_condition_is_too_few() -> None:
 def test_the_published_rewards_keep_the_contract(name: str, tmp_path: Path) -> None:
     torch.manual_seed(2)
     check_reward(BUILDERS[name](tmp_path), conditions=PROMPTS, image_size=(40, 32), tolerance=1e-4)
+
+
+def test_a_classifier_keeps_the_contract() -> None:
+    torch.manual_seed(0)
+    classifier = SmallClassifier(name="net", image_size=8, num_classes=3, width=4)
+    check_reward(ClassifierReward(classifier), conditions=[0, 2, 1], image_size=8)
 
 
 def test_the_metric_is_the_mean_over_batches() -> None:

@@ -1,5 +1,6 @@
 """A reward in a process of its own: the same values, and nothing left behind however either side ends."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -172,6 +173,23 @@ def test_a_worker_that_dies_again_is_one_line(python: Path) -> None:
         reward(torch.rand(1, 3, 2, 2), ["a"])
 
 
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="no posix_fallocate: memory is not taken ahead")
+def test_images_that_do_not_fit_into_shared_memory_are_one_line(python: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reward = Isolated("their_rewards.Curved", python=python)
+
+    def full(descriptor: int, offset: int, size: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", full)
+        with pytest.raises(
+            WorkerError,
+            match=r"^reward Curved: expected 6 MiB of shared memory for 4 images, got an error \(.*No space left",
+        ):
+            reward(torch.rand(4, 3, 256, 256), ["a"] * 4)
+    assert reward(torch.rand(1, 3, 2, 2), ["a"]).isfinite()
+
+
 def test_a_slow_worker_is_one_line_and_ended(python: Path) -> None:
     reward = Isolated("their_rewards.Slow", python=python)
     reward._worker._timeout = 0.5
@@ -179,6 +197,16 @@ def test_a_slow_worker_is_one_line_and_ended(python: Path) -> None:
     with pytest.raises(WorkerError, match=r"^reward Slow: expected an answer within 0.5 s, got none"):
         reward(torch.rand(1, 3, 2, 2), ["a"])
     assert gone(process)
+
+
+def test_a_worker_whose_reward_is_gone_at_the_second_start_is_ended(python: Path) -> None:
+    reward = Isolated("their_rewards.Curved", python=python)
+    os.kill(worker_id(reward), signal.SIGKILL)
+    reward._worker._build["reward"] = "their_rewards.Nothing"
+    for _ in range(2):
+        with pytest.raises(WorkerError, match=r"^reward Curved: ValueError: reward their_rewards.Nothing: expected"):
+            reward(torch.rand(1, 3, 2, 2), ["a"])
+        assert reward._worker._process is None
 
 
 def test_errors_there_are_one_line_here(python: Path) -> None:

@@ -91,6 +91,8 @@ def test_an_unknown_name_lists_the_known_ones(site: Path) -> None:
         ("gone", {}, "expected to import nowhere:Reward, got an error (No module named 'nowhere')"),
         ("number", {}, "expected a class or a function, got a int"),
         ("nothing", {}, "expected a rewards.Reward, got a int"),
+        ("contrast_reward.nothing", {}, "expected the path of a rewards.Reward class, got another object"),
+        ("os.system", {"command": "exit 1"}, "expected the path of a rewards.Reward class, got another object"),
         (
             "contrast_reward.Colour",
             {},

@@ -67,6 +67,33 @@ def test_a_class_name_that_looks_like_a_number_is_a_name() -> None:
     assert as_labels(["1", "0"], name="r", class_names=["1", "0"]).tolist() == [0, 1]
 
 
+def test_a_number_is_a_label_for_prompts_too_where_classes_have_names() -> None:
+    assert as_prompts(["1", "a cat"], name="r", class_names=["dog", "cat"]) == ["cat", "a cat"]
+    assert as_prompts(["1"], name="r", class_names=["2", "1"]) == ["1"]
+    assert as_prompts(["1"], name="r", class_names=None) == ["1"]
+    with pytest.raises(ValueError, match=r"^reward r: expected labels in \[0, 1\], got 2$"):
+        as_prompts(["2"], name="r", class_names=["dog", "cat"])
+
+
+def test_labels_are_checked_before_they_become_words() -> None:
+    """Also those on an accelerator, which have to come to the processor in any case."""
+
+    class Away(torch.Tensor):
+        @property
+        def device(self) -> torch.device:  # type: ignore[override]
+            return torch.device("cuda")
+
+        def cpu(self) -> Tensor:  # type: ignore[override]
+            return self.as_subclass(Tensor)
+
+        def long(self) -> Tensor:  # type: ignore[override]
+            return self
+
+    for wrong in (2, -1):
+        with pytest.raises(ValueError, match=rf"^reward r: expected labels in \[0, 1\], got {wrong}$"):
+            as_prompts(torch.tensor([0, wrong]).as_subclass(Away), name="r", class_names=["dog", "cat"])
+
+
 def test_any_conditions_are_handed_on() -> None:
     reward = Reader("any")
     labels = torch.tensor([3, 4])
@@ -116,6 +143,8 @@ def test_an_unknown_class_name_lists_the_known_ones() -> None:
         ([], "expected class_names that are not empty, got []"),
         (["a", " "], "expected class_names that are not empty, got ['a', ' ']"),
         (["a", "b", "a"], "expected class_names to be unique, got 'a' twice"),
+        ([0, 1], "expected class_names to be a list of strings, got [0, 1]"),
+        ("cat", "expected class_names to be a list of strings, got 'cat'"),
     ],
 )
 def test_wrong_class_names_are_refused(class_names: list[str], message: str) -> None:

@@ -196,3 +196,5 @@ def test_mistakes_are_one_line(images: list[str], fails: Fails, tmp_path: Path) 
     arguments = "reward toy_rewards.Brightness: expected its own arguments, got an error"
     assert fails("score", images[0], *brightness, "--options", "gain=1").startswith(arguments)
     assert fails(*score, "classifier", "--prompt", "a").startswith("reward classifier: expected its own arguments")
+    unfit = "reward broken: expected to score images of 4x4, got an error (mat1 and mat2 shapes cannot be multiplied"
+    assert fails(*score, "toy_rewards.Broken", "--prompt", "a").startswith(unfit)

@@ -1,6 +1,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from rewards import Reward
@@ -27,6 +28,15 @@ class Scripted(Reward):
 
     def forward(self, images: Tensor, conditions: object) -> Tensor:
         return self.function(images)
+
+
+class Broken(Reward):
+    """Cannot score images of any usual size."""
+
+    name = "broken"
+
+    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return (images.flatten(1) @ torch.zeros(7, 1)).squeeze(1)
 
 
 class LinearClassifier(nn.Module):

@@ -63,6 +63,16 @@ def test_writes_images_scores_and_pictures(
         "embeddings": (4, 16, 16),
     }
     assert "mean score" in capsys.readouterr().out
+    fewer = [word.replace("[3,5]", "3") for word in words]
+    main([*fewer, f"--reward.classifier={net}", "--settings.steps=1", f"--out={tmp_path / 'out'}"])
+    assert [path.name for path in (tmp_path / "out/images").iterdir()] == ["00000.png"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "before_after.png",
+        "curve.png",
+        "images",
+        "result.safetensors",
+        "scores.json",
+    ]
 
 
 def test_bad_input_is_one_line(folders: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -232,9 +232,12 @@ def test_a_reward_without_a_gradient_is_named(generator: OneStepGenerator, token
 def test_labels_may_be_integers_and_the_caller_may_have_switched_gradients_off(
     generator: OneStepGenerator, tokenizer: ToyTokenizer
 ) -> None:
+    with torch.inference_mode():
+        inferred = optimize(generator, tokenizer, _ink, LABELS.clone(), settings=TTEOSettings(steps=2, lr=3.0))
     with torch.no_grad():
         listed = optimize(generator, tokenizer, _ink, LABELS.tolist(), settings=TTEOSettings(steps=2, lr=3.0))
     given = optimize(generator, tokenizer, _ink, LABELS, settings=TTEOSettings(steps=2, lr=3.0))
     arrayed = optimize(generator, tokenizer, _ink, LABELS.numpy(), settings=TTEOSettings(steps=2, lr=3.0))  # type: ignore[arg-type]
+    assert torch.equal(inferred.embeddings, given.embeddings)
     assert torch.equal(listed.embeddings, given.embeddings)
     assert torch.equal(arrayed.embeddings, given.embeddings)
