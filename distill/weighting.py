@@ -8,7 +8,7 @@ from torch import Tensor
 
 from distill.objectives.base import Objective, ObjectiveLosses, with_value_and_gradient
 from softgen.distributed import mean_over_ranks
-from softgen.relaxation import widen
+from softgen.relaxation import full_precision, widen
 
 MAX_WEIGHT = 1000.0
 """Largest automatic weight; the paper's largest fixed one is 200."""
@@ -41,9 +41,11 @@ def weigh(
     """
     if all(objectives[name].weight != "auto" for name in results):
         return {name: _fixed(objectives[name], result.generator) for name, result in results.items()}
-    gradients = {
-        name: torch.autograd.grad(result.generator, logits, retain_graph=False)[0] for name, result in results.items()
-    }
+    with full_precision(logits):  # as in the backward pass after the step, which autocast does not reach either
+        gradients = {
+            name: torch.autograd.grad(result.generator, logits, retain_graph=False)[0]
+            for name, result in results.items()
+        }
     anchor: Tensor | None = None
     terms: dict[str, WeightedTerm] = {}
     for name, result in results.items():

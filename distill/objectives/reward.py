@@ -21,7 +21,7 @@ from rewards.registry import build
 from softgen.metrics.hacking import colour_entropy, diversity, saturation
 from softgen.models.base import MaskedDiffusionModel
 from softgen.models.conditions import Asked, split_asked
-from softgen.relaxation import Relaxation
+from softgen.relaxation import Relaxation, full_precision
 from softgen.tokenizers.base import ImageTokenizer
 
 
@@ -124,7 +124,8 @@ class Reward(Objective):
                 decoded = self._decode(state.tokenizer.under(asked), leaf)
                 by_name = self.rewards.scores(decoded, asked)
                 loss = -self.rewards.combine(by_name).sum() / len(embeddings)
-            gradients.append(torch.autograd.grad(loss, leaf)[0])
+            with full_precision(leaf):  # as in any backward pass, which autocast does not reach
+                gradients.append(torch.autograd.grad(loss, leaf)[0])
             images.append(decoded.detach())
             scores.append({name: score.detach() for name, score in by_name.items()})
         means = {name: torch.cat([part[name] for part in scores]) for name in self.rewards.names}

@@ -57,6 +57,16 @@ class TokenCache(ImageDataModule):
         return TrainVal(train=TokenSource(self.root, "train"), val=TokenSource(self.root, "val"))
 
 
+def check_shows_images(data: ImageDataModule, *, key: str = "data") -> None:
+    """Refuse data whose batches hold no images but tokens, labels or prompts.
+
+    Raises:
+        ValueError: Naming the key.
+    """
+    if not data.has_images or isinstance(data, TokenCache):
+        raise ValueError(f"{key}: expected images, got {type(data).__name__}")
+
+
 class Tokenizer(Protocol):
     """What is asked of a tokenizer here, besides that it is an `nn.Module`."""
 
@@ -90,9 +100,10 @@ def write_token_cache(
         progress: Show a progress bar.
 
     Raises:
-        ValueError: The folder exists and is neither empty nor a token cache, or the tokenizer is no
-            `nn.Module` or gives tokens of another shape or range than it declares.
+        ValueError: The folder exists and is neither empty nor a token cache, the data has no images, or the tokenizer
+            is no `nn.Module` or gives tokens of another shape or range than it declares.
     """
+    check_shows_images(data)
     if not isinstance(tokenizer, nn.Module):
         raise ValueError(f"tokenizer: expected an nn.Module, got {type(tokenizer).__name__}")
     target = Path(folder)

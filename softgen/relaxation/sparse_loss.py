@@ -162,7 +162,10 @@ def _mean_score(
     """sum_k q_ik (h_i.w_k + b_k) over the codes (N, k) of each token and those of `common`, (N,)."""
     wide = weight.to(q.dtype)
     with full_precision(hidden):
-        row = F.embedding_bag(codes, wide, per_sample_weights=q, mode="sum")
+        if codes.shape[1] == 1:
+            row = q * F.embedding(codes.squeeze(1), wide)
+        else:
+            row = F.embedding_bag(codes, wide, per_sample_weights=q, mode="sum")
         if common is not None:
             row = row + common @ wide
         score = (hidden.to(q.dtype) * row).sum(dim=-1)

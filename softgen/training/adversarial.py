@@ -26,6 +26,10 @@ AdversarialLoss = Literal["hinge", "non_saturating"]
 class Adversarial:
     """The adversarial loss of a tokenizer; the defaults are SoftVQ-VAE's, but for the steps.
 
+    Two things of its published code are not settings here: it weighs the discriminator's own hinge by 0.2 beside
+    consistency and LeCAM (here 1, as SFTok's), and brightens images in [-1, 1] by up to 0.5 either way (here images in
+    [0, 1], as SFTok's: of their range twice as much).
+
     Attributes:
         weight: Of the tokenizer's term, at least 0; or `auto`: its gradient at the decoded images is held at
             `weight_ratio` times that of the other reconstruction losses (as VQGAN, arXiv 2012.09841, eq. 7, has it at

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from softgen.data.base import Batch, ImageDataModule
 from softgen.data.batches import random_indices
-from softgen.data.token_cache import TokenCache
+from softgen.data.token_cache import check_shows_images
 from softgen.flow import FlowSampler, TimeLaw, draw_times, interpolate, velocity_loss
 from softgen.loading import check_latents, load_continuous_tokenizer
 from softgen.models.conditions import ClassCondition
@@ -97,8 +97,7 @@ class FlowTraining(Stage):
 
     def check_data(self, data: ImageDataModule) -> None:
         """Images of the tokenizer's size, with the model's classes."""
-        if not data.has_images or isinstance(data, TokenCache):
-            raise ValueError(f"data: expected images, got {type(data).__name__}")
+        check_shows_images(data)
         check_image_size(data, self.tokenizer)
         if self.model.num_classes and data.num_classes != self.model.num_classes:
             raise ValueError(

@@ -164,7 +164,7 @@ def resized(images: Tensor, side: int) -> Tensor:
     """Images (B, 3, side, side), by bicubic interpolation; as they are where the side fits."""
     if images.shape[-1] == side:
         return images
-    return F.interpolate(images, size=(side, side), mode="bicubic", antialias=True).clamp(0, 1)
+    return F.interpolate(images, size=(side, side), mode="bicubic", antialias=True)
 
 
 def _as_map(states: Tensor, grid: int) -> Tensor:

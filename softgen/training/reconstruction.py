@@ -58,6 +58,17 @@ class ReconstructionLosses(nn.Module):
         for name, value in (("mse_weight", mse_weight), ("l1_weight", l1_weight)):
             if not value >= 0:
                 raise ValueError(f"{key}.{name}: expected a number of at least 0, got {value}")
+        compared = mse_weight > 0 or l1_weight > 0 or perceptual is not None
+        if not compared and adversarial is None:
+            raise ValueError(
+                f"{key}.mse_weight: expected more than 0 where l1_weight is 0 and there is neither perceptual nor "
+                f"adversarial, got {mse_weight}"
+            )
+        if not compared and adversarial is not None and adversarial.weight == "auto":
+            raise ValueError(
+                f"{key}.adversarial.weight: expected a number, since auto balances against mse, l1 or perceptual, and "
+                "none of them is on, got 'auto'"
+            )
         self.mse_weight, self.l1_weight = mse_weight, l1_weight
         self.perceptual, self.adversarial = perceptual, adversarial
         # A plain dict: the stage holds these frozen, outside of parameters and checkpoints.
@@ -87,11 +98,15 @@ class ReconstructionLosses(nn.Module):
         return network.features if source is network.features or source == self.perceptual.network else None
 
     def check_precision(self, precision: str) -> None:
-        """Refuse a gradient scaler beside gradients that are taken within the step.
+        """Refuse what a discriminator cannot be trained in: half precision, and a gradient scaler beside `auto`.
 
         Raises:
             ValueError: Naming the precision.
         """
+        if self.adversarial is not None and precision in ("16-true", "bf16-true"):
+            raise ValueError(
+                f"trainer.precision: expected 32-true or a mixed one for model.adversarial, got {precision}"
+            )
         if self.adversarial is not None and self.adversarial.weight == "auto" and precision == "16-mixed":
             raise ValueError(
                 "trainer.precision: expected 32-true or bf16-mixed for model.adversarial.weight auto, got 16-mixed"

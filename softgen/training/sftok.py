@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from softgen.data.base import Batch, ImageDataModule
-from softgen.data.token_cache import TokenCache
+from softgen.data.token_cache import check_shows_images
 from softgen.loading import load_tokenizer
 from softgen.pretrained import Pretrained
 from softgen.tokenizers.base import ImageTokenizer
@@ -169,8 +169,7 @@ class SFTokTraining(CodeStage):
 
     def check_data(self, data: ImageDataModule) -> None:
         """Images must have the tokenizer's size."""
-        if not data.has_images or isinstance(data, TokenCache):
-            raise ValueError(f"data: expected images, got {type(data).__name__}")
+        check_shows_images(data)
         check_image_size(data, self.tokenizer)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -204,6 +203,8 @@ class SFTokTraining(CodeStage):
         hidden = torch.full((len(codes), decoder.num_proxies), decoder.mask_id, device=codes.device)
         with torch.no_grad():
             guided = decoder.proxy_logits(hidden, codes).argmax(dim=-1)
+        # Older versions of torch would hand the pass with gradients the casts of this one, which have none.
+        torch.clear_autocast_cache()
         return self_forced_input(
             guided,
             self.noise(batch, "proxies"),

@@ -139,6 +139,8 @@ class TeacherTraining(Stage):
         self.label_dropout = label_dropout if model.has_null_condition else 0.0
         self._said_fused = False
         self._settled = False
+        if preview_steps < 1:
+            raise ValueError(f"model.preview_steps: expected at least 1, got {preview_steps}")
         self.preview_steps = min(preview_steps, model.num_sites)
 
     @property

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from softgen.data.base import Batch, ImageDataModule
-from softgen.data.token_cache import TokenCache
+from softgen.data.token_cache import check_shows_images
 from softgen.random import SampleRandom
 from softgen.tokenizers.baseline_quantizers import HardQuantizer
 from softgen.tokenizers.codebook import EMACodebook
@@ -154,6 +154,8 @@ class TokenizerTraining(CodeStage):
         super().setup(stage)
         precision = str(self.trainer.precision)
         self.reconstruction.check_precision(precision)
+        if self.alignment is not None and precision in ("16-true", "bf16-true"):
+            raise ValueError(f"trainer.precision: expected 32-true or a mixed one for model.align, got {precision}")
         if self._hard is not None and precision in ("16-true", "bf16-true"):
             raise ValueError(
                 f"trainer.precision: expected 32-true or bf16-mixed for codes that are moving averages, got {precision}"
@@ -161,8 +163,7 @@ class TokenizerTraining(CodeStage):
 
     def check_data(self, data: ImageDataModule) -> None:
         """Images must have the tokenizer's size."""
-        if not data.has_images or isinstance(data, TokenCache):
-            raise ValueError(f"data: expected images, got {type(data).__name__}")
+        check_shows_images(data)
         check_image_size(data, self.tokenizer)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from distill import GAN, DiMO, Sharpen, SoftDiMO
-from distill.objectives import DistillState
+from distill.objectives import DistillState, ObjectiveLosses
 from distill.weighting import weigh
 from softgen.data import Digits, Labels
 from softgen.models import MaskedTransformer
 from softgen.random import SampleRandom, derive_seed
-from softgen.relaxation import Relaxation
+from softgen.relaxation import Relaxation, expected_embedding
 from softgen.testing import count_calls
 from softgen.tokenizers import ConvVQTokenizer
 
@@ -186,6 +186,21 @@ def test_automatic_weight_holds_the_ratio_of_the_gradients(
     assert norms[1].item() == pytest.approx(0.5 * norms[0].item(), rel=1e-5)
     plain = torch.autograd.grad(dimo(state).generator, logits)[0].norm()
     assert norms[0].item() == pytest.approx(plain.item(), rel=1e-5)
+
+
+def test_weighed_gradients_are_those_of_a_backward_pass_outside_of_autocast() -> None:
+    logits, table = _logits(), torch.randn(7, 5, generator=torch.Generator().manual_seed(1))
+    parts = {"dimo": DiMO(), "gan": GAN(weight="auto")}
+
+    def pulled() -> Tensor:
+        return expected_embedding(logits.softmax(-1), table).square().sum()
+
+    (expected,) = torch.autograd.grad(pulled(), logits)
+    with torch.autocast("cpu", torch.bfloat16):
+        terms = weigh({name: ObjectiveLosses(generator=pulled()) for name in parts}, parts, logits)
+    for term in terms.values():
+        (got,) = torch.autograd.grad(term.loss, logits)
+        torch.testing.assert_close(got, expected)
 
 
 def _bare_state(logits: Tensor) -> DistillState:

@@ -20,7 +20,7 @@ from softgen.data import Digits, Labels, TokenCache, write_token_cache
 from softgen.metrics.hacking import colour_entropy, diversity, saturation
 from softgen.models import MaskedDiffusionModel, MaskedTransformer
 from softgen.random import SampleRandom, derive_seed
-from softgen.relaxation import Relaxation, gumbel_noise, probabilities
+from softgen.relaxation import Relaxation, full_precision, gumbel_noise, probabilities
 from softgen.testing import ToyMaskedModel, ToyTokenizer, count_calls
 from softgen.tokenizers import ConvVQTokenizer, ImageTokenizer
 from softgen.training import OptimizerConfig
@@ -288,6 +288,24 @@ def test_automatic_weight_holds_the_ratio_of_the_gradients(
     assert held.norm().item() == pytest.approx(0.5 * anchor.norm().item(), rel=1e-5)
     alone = _gradient(reward, module, logits)
     assert F.cosine_similarity(held.flatten(), alone.flatten(), dim=0).item() == pytest.approx(1, abs=1e-6)
+
+
+def test_heads_in_float32_have_gradients_in_float32_under_autocast(teacher: MaskedTransformer) -> None:
+    head = 0.1 * torch.randn(192, 1, generator=torch.Generator().manual_seed(2))
+
+    def score(images: Tensor) -> Tensor:
+        with full_precision(images):
+            return (images.flatten(1) @ head).squeeze(1).tanh()
+
+    objective = Reward(rewards=[Scripted(score)])
+    module = _module(teacher, ToyTokenizer(num_codes=7, grid=4, patch=2), objective)
+    expected = _gradient(objective, module, _logits())
+    logits = _logits()
+    with torch.autocast("cpu", torch.bfloat16):
+        result = objective(_state(module, logits))
+    (got,) = torch.autograd.grad(result.generator, logits)
+    assert expected.abs().max() > 1e-3
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-7)
 
 
 def test_rewards_are_frozen_and_registered_nowhere(teacher: MaskedTransformer, tokenizer: ConvVQTokenizer) -> None:

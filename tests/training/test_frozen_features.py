@@ -171,3 +171,10 @@ def test_resizing() -> None:
     assert resized(images, 8) is images
     assert resized(images, 6).shape == (1, 3, 6, 6)
     assert torch.allclose(resized(torch.full((1, 3, 8, 8), 0.25), 20), torch.tensor(0.25))
+
+
+def test_pixels_out_of_range_are_pulled_back_through_a_resize() -> None:
+    images = torch.tensor([-0.5, 1.5]).repeat_interleave(96).view(2, 3, 8, 4).repeat(1, 1, 1, 2).requires_grad_()
+    (gradient,) = torch.autograd.grad((resized(images, 6) - 0.5).square().sum(), images)
+    assert (gradient[0] < 0).all()
+    assert (gradient[1] > 0).all()

@@ -87,6 +87,22 @@ def test_the_loss_falls_and_what_is_frozen_stays(phase: Phase) -> None:
     assert moved == ({"decoder", "pixel_quantize", "pixel_decoder"} if phase == "fine_tuning" else expected)
 
 
+@pytest.mark.parametrize("phase", ["warm_up", "alignment", "fine_tuning"])
+def test_all_that_is_trained_has_a_gradient_under_autocast(phase: Phase) -> None:
+    """Also what has run without gradients, in the same step, before."""
+    stage = build(phase)
+    stage.report = lambda batch, losses, logs: sum(losses.values())  # type: ignore[assignment, method-assign, return-value]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        total = stage.training_step(batch(), 0)
+    total.backward()
+    trained = [name for name, parameter in stage.named_parameters() if parameter.requires_grad]
+    without = [
+        name for name, parameter in stage.named_parameters() if parameter.requires_grad and parameter.grad is None
+    ]
+    assert any("decoder" in name for name in trained)
+    assert not without
+
+
 def test_each_stage_shows_the_decoder_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
     def shown(phase: Phase, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
         stage, seen = build(phase, **options), []

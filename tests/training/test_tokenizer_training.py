@@ -90,6 +90,37 @@ def test_averaged_codes_in_half_precision_are_refused() -> None:
         fit(build(conv()), steps=1, precision="bf16-true")
 
 
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("adversarial", {"adversarial": Adversarial(channels=4, start_step=5)}), ("align", {"align": Align(Blurred())})],
+)
+def test_losses_that_keep_float32_refuse_half_precision(name: str, options: dict[str, Any], precision: Any) -> None:
+    with pytest.raises(ValueError, match=rf"^trainer.precision: expected 32-true or a mixed one for model.{name}, got"):
+        fit(build(**options), steps=1, precision=precision)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {},
+            "model.mse_weight: expected more than 0 where l1_weight is 0 and there is neither perceptual nor "
+            "adversarial, got 0.0",
+        ),
+        (
+            {"adversarial": Adversarial(weight="auto", channels=4)},
+            "model.adversarial.weight: expected a number, since auto balances against mse, l1 or perceptual, and none "
+            "of them is on, got 'auto'",
+        ),
+    ],
+)
+def test_images_have_to_be_compared_by_something(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=r"^model") as caught:
+        build(mse_weight=0.0, l1_weight=0.0, **options)
+    assert str(caught.value) == message
+
+
 @pytest.mark.parametrize(
     "changes",
     [
