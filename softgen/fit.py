@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -88,8 +89,14 @@ class StageCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer with the loggers of the run folder and the callbacks that are not up for choice."""
         run_dir = self._options().run_dir
-        if self._get(self.config_init, "trainer")["logger"] is None:
+        given = self._get(self.config_init, "trainer")
+        if given["logger"] is None:
             kwargs["logger"] = _loggers(run_dir)
+        callbacks = given["callbacks"] or []
+        chosen = callbacks if isinstance(callbacks, list) else [callbacks]
+        if given["enable_progress_bar"] is False or any(isinstance(one, ProgressBar) for one in chosen):
+            ours = self.trainer_defaults["callbacks"]
+            self.trainer_defaults["callbacks"] = [one for one in ours if not isinstance(one, StepProgress)]
         trainer = super().instantiate_trainer(**kwargs)
         trainer.callbacks.insert(0, ExportModel(run_dir=run_dir))  # type: ignore[attr-defined]
         return trainer

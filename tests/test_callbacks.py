@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from distill import DiMO, SoftDiMO
 from softgen import load_generator, load_tokenizer
-from softgen.callbacks import ExportModel, StudentEMA
+from softgen.callbacks import ExportModel, ResumeCheckpoint, StopOnNonFinite, StudentEMA
 from softgen.callbacks.ema import averaged_product
 from softgen.data import Digits, Labels
 from softgen.models import MaskedTransformer
@@ -23,13 +23,13 @@ def _module() -> SoftDiMO:
     return SoftDiMO(teacher=teacher, objectives=[DiMO(guidance=1.5)], optimizer=OptimizerConfig(lr=1e-2))
 
 
-def _trainer(*callbacks: Callback, steps: int = 6, validate: bool = False) -> Trainer:
+def _trainer(*callbacks: Callback, steps: int = 6, validate: bool = False, checkpoints: bool = False) -> Trainer:
     return Trainer(
         accelerator="cpu",
         max_steps=steps,
         callbacks=list(callbacks),
         logger=False,
-        enable_checkpointing=False,
+        enable_checkpointing=checkpoints,
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
@@ -159,6 +159,42 @@ def test_student_stands_still_while_critics_learn_alone() -> None:
     assert all(torch.equal(head, start) for head in recorder.heads[:3])
     first_step = (recorder.heads[3] - start).abs().max().item()
     assert 0 < first_step <= 1.001e-2  # Adam's first step is at most lr: no moments were gathered before
+
+
+def test_a_broken_gradient_behind_a_finite_loss_leaves_no_checkpoint(tmp_path: Path) -> None:
+    class Break(Callback):
+        def on_before_optimizer_step(self, trainer: Trainer, module: LightningModule, *_: object) -> None:
+            if trainer.global_step == 2:
+                assert isinstance(module, SoftDiMO)
+                head = module.student.model.get_parameter("head.bias")
+                assert head.grad is not None
+                head.grad[0] = torch.nan
+
+    for every in (3, 1000):
+        run = tmp_path / str(every)
+        callbacks = [StopOnNonFinite(), Break(), ResumeCheckpoint(run_dir=str(run), every_n_steps=every)]
+        trainer = _trainer(*callbacks, steps=3, checkpoints=True)
+        with pytest.raises(ValueError, match=r"expected finite weights, got NaN or infinity after step 3$"):
+            trainer.fit(_module(), datamodule=Labels(num_classes=3, batch_size=8))
+        assert not list(run.rglob("*.ckpt"))
+
+
+def test_averages_of_half_precision_are_kept_in_float32() -> None:
+    ema, module = StudentEMA(decay=0.9999), _module().bfloat16()
+    trainer = _trainer()
+    ema.on_fit_start(trainer, module)
+    weight = module.student.model.get_parameter("head.weight")
+    before = ema.state_dict()["average"]["model.head.weight"].clone()
+    assert before.dtype == torch.float32
+    ema.updates = 10**6
+    with torch.no_grad():
+        weight.add_(1)
+    ema._last_step = -1  # one step more than at the last look
+    ema.on_train_batch_end(trainer, module)
+    moved = ema.state_dict()["average"]["model.head.weight"] - before
+    torch.testing.assert_close(moved, 1e-4 * (weight.detach().float() - before), rtol=1e-2, atol=1e-7)
+    with ema.averaged(module):
+        assert weight.dtype == torch.bfloat16
 
 
 def test_averaged_codes_are_unit_vectors(tmp_path: Path) -> None:

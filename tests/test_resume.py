@@ -267,12 +267,54 @@ def test_command_line_wins_over_the_checkpoint(tmp_path: Path) -> None:
             "--trainer.limit_val_batches=0",
             "--trainer.logger=false",
             "--model.init_args.temperature=0.5",
+            "--model.init_args.optimizer.lr=0.0005",
+            "--model.init_args.optimizer.betas=[0.5,0.9]",
+            "--model.init_args.optimizer.warmup_steps=0",
+            "--model.init_args.optimizer.decay=linear",
+            "--model.init_args.optimizer.final_factor=0.5",
             "--ckpt_path=last",
         ]
     )
 
     assert cli.model.temperature == 0.5
     assert cli.trainer.global_step == 20
+    (schedule,) = [config.scheduler for config in cli.trainer.lr_scheduler_configs]
+    for group in schedule.optimizer.param_groups:
+        assert group["betas"] == (0.5, 0.9)
+        assert group["lr"] == pytest.approx(0.5 * 0.0005)
+
+
+def test_the_first_step_after_a_resume_has_the_rate_that_is_asked_for(tmp_path: Path) -> None:
+    options = _options("distill", tmp_path)
+    _fit(options, tmp_path / "run")
+    seen: list[float] = []
+
+    def note(self: Stage, optimizer: torch.optim.Optimizer) -> None:
+        seen.extend(group["lr"] for group in optimizer.param_groups)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Stage, "on_before_optimizer_step", note)
+        patch.setattr("distill.SoftDiMO.on_before_optimizer_step", note)
+        rate = ["--model.init_args.optimizer.lr=0.0004", "--model.init_args.optimizer.warmup_steps=0"]
+        rate.append("--model.init_args.optimizer.decay=constant")
+        _fit(options, tmp_path / "run", "--trainer.max_steps=18", *rate, "--ckpt_path=last")
+    assert set(seen) == {0.0004}
+
+
+def test_newly_trained_weights_need_an_average(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = _options("distill", tmp_path)
+    _fit(options, tmp_path / "run", "--trainer.max_steps=3")
+    with pytest.raises(SystemExit):
+        _fit(options, tmp_path / "run", "--model.init_args.freeze_embedding=false", "--ckpt_path=last")
+    expected = "ckpt_path: expected a checkpoint with an average of model.token_embedding.weight, which this run trains"
+    assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("choice", ["--trainer.enable_progress_bar=false", "--trainer.callbacks=TQDMProgressBar"])
+def test_the_progress_bar_can_be_another_or_none(choice: str, tmp_path: Path) -> None:
+    words = [*_options("distill", tmp_path), "--trainer.max_steps=2", choice]
+    _fit(words, tmp_path / "run")
+    assert (tmp_path / "run" / "model").is_dir()
 
 
 def test_second_run_in_the_same_folder(tmp_path: Path) -> None:

@@ -91,14 +91,19 @@ class ResumeCheckpoint(Checkpoint):
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Write also where SIGTERM cuts a validation short; a resumed run does not take that up again."""
         if trainer.received_sigterm:
-            self._write_in_validation(trainer)
+            self._write_at_the_end(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write also where a validation ends the run (early stopping)."""
         if trainer.should_stop:
-            self._write_in_validation(trainer)
+            self._write_at_the_end(trainer)
 
-    def _write_in_validation(self, trainer: Trainer) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write also where an epoch's end ends the run, which is where early stopping looks by default."""
+        if trainer.should_stop:
+            self._write_at_the_end(trainer)
+
+    def _write_at_the_end(self, trainer: Trainer) -> None:
         real = not trainer.sanity_checking and not trainer.fast_dev_run  # type: ignore[attr-defined]
         if real and trainer.state.fn == TrainerFn.FITTING and trainer.global_step != self._written_step:
             self._written_step = trainer.global_step
@@ -119,11 +124,13 @@ class ResumeCheckpoint(Checkpoint):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Take back the batches of an optimizer step that is not complete, and what they moved."""
+        # Another callback may save before this one has seen that the step is complete.
+        batches = self._batches_of_step if trainer.global_step == self._last_step else 0
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         for counts in (progress["total"], progress["current"]):
             for kind in counts:
-                counts[kind] -= self._batches_of_step
-        if self._batches_of_step:
+                counts[kind] -= batches
+        if batches:
             state = checkpoint["state_dict"]
             state.update({name: value for name, value in self._buffers.items() if name in state})
 

@@ -16,7 +16,8 @@ class StudentEMA(Callback):
     """Exponential moving average of the stage's product (the student, in distillation).
 
     Validation, and the model that is left at the end, use the average. Checkpoints hold the raw weights in the
-    module's state and the average in this callback's, whenever they are written.
+    module's state and the average in this callback's, whenever they are written. It is kept in float32 at least: half
+    precision would round its small steps away.
 
     Args:
         decay: In [0, 1); the average of step t uses min(decay, (1 + t) / (10 + t)).
@@ -45,9 +46,16 @@ class StudentEMA(Callback):
         live = _floating(pl_module)
         if not self._is_restored:
             self.updates = 0
-            self._average = {name: self._copied(value) for name, value in live.items()}
+            self._average = {name: value.detach().to(_wide(value), copy=True) for name, value in live.items()}
         self._is_restored = False
-        self._average = {name: self._average[name].to(self.device or value.device) for name, value in live.items()}
+        missing = next((name for name in live if name not in self._average), None)
+        if missing is not None:
+            raise ValueError(
+                f"ckpt_path: expected a checkpoint with an average of {missing}, which this run trains, got none"
+            )
+        self._average = {
+            name: self._average[name].to(self.device or value.device, _wide(value)) for name, value in live.items()
+        }
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """What was restored is not for the next run."""
@@ -66,10 +74,11 @@ class StudentEMA(Callback):
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         live = _floating(pl_module)
         if self.device is None:
-            torch._foreach_lerp_([self._average[name] for name in live], list(live.values()), 1 - decay)
+            averages = [self._average[name] for name in live]
+            torch._foreach_lerp_(averages, [value.to(_wide(value)) for value in live.values()], 1 - decay)
         else:
             for name, value in live.items():
-                self._average[name].lerp_(value.to(self.device), 1 - decay)
+                self._average[name].lerp_(value.to(self.device, _wide(value)), 1 - decay)
         self.updates += 1
 
     @contextmanager
@@ -169,6 +178,10 @@ def _floating(pl_module: LightningModule) -> dict[str, Tensor]:
         saved = product.state_dict(keep_vars=True).keys()
         buffers = {name: value for name, value in buffers.items() if name in saved}
     return {**trained, **buffers}
+
+
+def _wide(value: Tensor) -> torch.dtype:
+    return torch.promote_types(value.dtype, torch.float32)
 
 
 @torch.no_grad()

@@ -13,7 +13,8 @@ from softgen.training.stage import Stage
 class StopOnNonFinite(Callback):
     """Notes on the device the first optimizer step in which each value is not finite, and looks at them now and then.
 
-    So a step never waits for the device, and no checkpoint is written after a bad step unseen.
+    So a step never waits for the device, and no checkpoint is written after a bad step unseen. Before one is written,
+    and at the end, the weights are looked at too: a finite loss may have a gradient that is not.
 
     Args:
         check_every: Optimizer steps between looks, at least 1.
@@ -49,10 +50,12 @@ class StopOnNonFinite(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Never keep a checkpoint of a broken run."""
         self._look()
+        _look_at_weights(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The last look."""
         self._look()
+        _look_at_weights(trainer, pl_module)
 
     def _look(self) -> None:
         # Over all processes: a loss that is broken on one of them stops them all, instead of leaving them waiting.
@@ -62,3 +65,13 @@ class StopOnNonFinite(Callback):
             step = min(bad.values())
             names = ", ".join(name for name, first in bad.items() if first == step)
             raise ValueError(f"{names}: expected a finite value, got NaN or infinity at step {step}")
+
+
+def _look_at_weights(trainer: Trainer, pl_module: LightningModule) -> None:
+    trained = {name: value.detach() for name, value in pl_module.named_parameters() if value.requires_grad}
+    if not trained:
+        return
+    broken = max_over_ranks(torch.stack([~value.isfinite().all() for value in trained.values()]).int())
+    if bool(broken.any()):
+        name = next(name for name, bad in zip(trained, broken.tolist(), strict=True) if bad)
+        raise ValueError(f"{name}: expected finite weights, got NaN or infinity after step {trainer.global_step}")

@@ -65,7 +65,7 @@ def memory_plan(stage: Stage, *, averaged: bool = True) -> list[PartMemory]:
                 weights=_bytes(group.parameters),
                 gradients=_bytes(trained),
                 optimizer=2 * _bytes(trained) - _bytes(by_muon),
-                average=_bytes(parameter for parameter in trained if id(parameter) in product),
+                average=_averages(parameter for parameter in trained if id(parameter) in product),
             )
         )
     for name, module in stage.frozen_modules.items():
@@ -97,6 +97,11 @@ def _count(tensors: Iterable[Tensor]) -> int:
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _averages(tensors: Iterable[Tensor]) -> int:
+    """In float32 at least, as `StudentEMA` keeps them."""
+    return sum(tensor.numel() * max(tensor.element_size(), 4) for tensor in tensors)
 
 
 class MemoryPlan(Callback):

@@ -21,6 +21,8 @@ from softgen.tokenizers.continuous import ContinuousTokenizer
 from softgen.training.optimization import OptimizerConfig, ParameterGroup, build_optimizer, hidden_matrices, lr_factor
 
 S = TypeVar("S", bound="Stage")
+_SETTINGS = ("lr", "betas", "eps", "weight_decay", "momentum")
+"""Of the optimizer's groups, by the configuration."""
 
 
 class Stage(LightningModule, ABC):
@@ -39,6 +41,7 @@ class Stage(LightningModule, ABC):
         # A plain dict: registered nowhere, so out of checkpoints, of DDP's buckets and of `train()`.
         self._frozen: dict[str, nn.Module] = {}
         self._fingerprints: dict[str, str] = {}
+        self._group_settings: list[dict[str, Any]] = []
         self._latest_losses: dict[str, Tensor] = {}
         self._latest_logs: dict[str, Tensor] = {}
 
@@ -62,13 +65,34 @@ class Stage(LightningModule, ABC):
         """Images (n, 3, H, W) in [0, 1] that show the state of the training, or None where there is no picture."""
 
     def setup(self, stage: str) -> None:
-        """Refuse data that does not go with the models, before any work."""
+        """Refuse data that does not go with the models, before any work, and note which frozen modules the run uses.
+
+        Later the trainer may change their type, and with it the fingerprints.
+        """
         clip = self.trainer.gradient_clip_val
         if clip is not None and not clip >= 0:
             raise ValueError(f"trainer.gradient_clip_val: expected a number of at least 0, got {clip}")
         data = getattr(self.trainer, "datamodule", None)
         if isinstance(data, ImageDataModule):
             self.check_data(data)
+        if stage == "fit":
+            for name, module in self._frozen.items():
+                self._fingerprint(name, module)
+
+    def on_train_start(self) -> None:
+        """Optimizer and schedule as they are configured: a checkpoint restores its own rates and decays too."""
+        schedule = self.lr_schedulers()
+        assert isinstance(schedule, torch.optim.lr_scheduler.LambdaLR)
+        for group, settings in zip(schedule.optimizer.param_groups, self._group_settings, strict=True):
+            group.update(settings, initial_lr=settings["lr"])
+        schedule.base_lrs = [settings["lr"] for settings in self._group_settings]
+        rates = [
+            base * factor(schedule.last_epoch)
+            for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+        ]
+        for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        schedule._last_lr = rates
 
     def on_train_end(self) -> None:
         """The product is finished."""
@@ -168,6 +192,9 @@ class Stage(LightningModule, ABC):
         groups = list(self.parameter_groups())
         # The fused kernel unscales gradients itself, after our clipping: not with a gradient scaler.
         optimizer = build_optimizer(groups, fused=self.trainer.precision != "16-mixed")
+        self._group_settings = [
+            {name: group[name] for name in _SETTINGS if name in group} for group in optimizer.param_groups
+        ]
         total_steps = self._total_steps(groups)
         by_name = {
             group.name: lr_factor(group.config, total_steps=total_steps, first_step=group.first_step)
@@ -208,10 +235,9 @@ class Stage(LightningModule, ABC):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note which frozen modules the run used."""
-        for name, module in self._frozen.items():
-            if name not in self._fingerprints:  # it reads every weight
-                self._fingerprints[name] = fingerprint(module)
-        checkpoint["frozen_fingerprints"] = dict(self._fingerprints)
+        checkpoint["frozen_fingerprints"] = {
+            name: self._fingerprint(name, module) for name, module in self._frozen.items()
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to resume with other frozen modules than the run began with.
@@ -220,11 +246,17 @@ class Stage(LightningModule, ABC):
             ValueError: Naming the module.
         """
         for name, expected in checkpoint.get("frozen_fingerprints", {}).items():
-            got = fingerprint(self._frozen[name]) if name in self._frozen else "none"
+            got = self._fingerprint(name, self._frozen[name]) if name in self._frozen else "none"
             if got != expected:
                 raise ValueError(
                     f"model.{name}: expected the {name} that the checkpoint was trained with ({expected}), got {got}"
                 )
+
+    def _fingerprint(self, name: str, module: nn.Module) -> str:
+        """Taken once, since it reads every weight."""
+        if name not in self._fingerprints:
+            self._fingerprints[name] = fingerprint(module)
+        return self._fingerprints[name]
 
 
 def check_images(data: ImageDataModule, tokenizer: ImageTokenizer) -> None:

@@ -1,7 +1,9 @@
 """Teacher training: every target, data that is tokenised already, and what 2 tau^2 becomes."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -42,8 +44,9 @@ def _autoregressive(tokenizer: ConvVQTokenizer, **options: object) -> TeacherTra
     )
 
 
-def _trainer(steps: int) -> Trainer:
+def _trainer(steps: int, **options: Any) -> Trainer:
     return Trainer(
+        **options,
         accelerator="cpu",
         max_steps=steps,
         logger=False,
@@ -161,6 +164,23 @@ def test_token_noise_needs_another_image(tokenizer: ConvVQTokenizer) -> None:
 def test_a_share_outside_its_range_is_refused(tokenizer: ConvVQTokenizer, name: str) -> None:
     with pytest.raises(ValueError, match=rf"model.{name}: expected a number in \[0, 1\], got 1.5"):
         _stage(tokenizer, **{name: 1.5})
+
+
+def test_a_preview_of_no_steps_is_refused(tokenizer: ConvVQTokenizer) -> None:
+    with pytest.raises(ValueError, match=r"^model.preview_steps: expected at least 1, got 0$"):
+        _stage(tokenizer, preview_steps=0)
+
+
+def test_a_run_in_bfloat16_goes_on_from_its_checkpoint(tokenizer: ConvVQTokenizer, tmp_path: Path) -> None:
+    """The trainer narrows what is held frozen, and the tokenizer has to be known as the same one all the same."""
+    path = str(tmp_path / "first.ckpt")
+    for steps, start in ((1, None), (2, path)):
+        stage = _stage(copy.deepcopy(tokenizer))
+        trainer = _trainer(steps, precision="bf16-true")
+        trainer.fit(stage, datamodule=Digits(batch_size=32), ckpt_path=start, weights_only=True)
+        assert trainer.global_step == steps
+        assert stage.tokenizer.codebook.dtype == torch.bfloat16
+        trainer.save_checkpoint(path)
 
 
 def test_trains_on_a_token_cache(tokenizer: ConvVQTokenizer, tmp_path: Path) -> None:
