@@ -11,6 +11,7 @@ from torch import Tensor
 
 from softgen.classifier import RECIPES, named_data
 from softgen.data.base import ImageDataModule
+from softgen.data.token_cache import check_shows_images
 from softgen.files import write_json
 from softgen.generation import Generated, TokenSource, balanced_labels, generate_batches
 from softgen.metrics.classifier import SmallClassifier
@@ -81,6 +82,7 @@ def protocol_of(
 
 
 def _check_data(data: ImageDataModule, *, num_classes: int, image_size: int, key: str) -> None:
+    check_shows_images(data, key=key)
     if num_classes and data.num_classes != num_classes:
         raise ValueError(f"{key}: expected {num_classes} classes as the model has, got {data.num_classes}")
     if data.image_size != image_size:

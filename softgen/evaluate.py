@@ -46,6 +46,8 @@ from softgen.sample import (
 )
 from softgen.samplers import published_sampler
 from softgen.sampling import AutoregressiveSampler, HaltonSampler, MaskGITSampler
+from softgen.tokenizers.base import ImageTokenizer
+from softgen.tokenizers.continuous import ContinuousTokenizer
 
 PROGRAM = "softgen.evaluate"
 
@@ -174,7 +176,11 @@ def evaluate(
             seed=seed,
             batch_size=batch_size,
             out=out,
-            facts={"model": model, "seed": seed, "guidance": guidance},
+            facts={
+                **_origin(model, opened, beside, latents, seed=seed),
+                "guidance": guidance,
+                "guidance_interval": guidance_interval,
+            },
         )
         return
     check_masked_sampler(sampler)
@@ -193,11 +199,17 @@ def evaluate(
     if out is not None:
         check_writable(Path(out).parent)
     settings = f"guidance {guidance:g}, temperature {temperature:g}, confidence noise {confidence_noise:g}"
-    facts: dict[str, object] = {"model": model, "seed": seed, "guidance": guidance}
+    facts = _origin(model, opened, beside, decoder, seed=seed)
     if "published" in sources:
         assert isinstance(opened, MaskedDiffusionModel)
         settings = str(published_sampler(opened))
-        facts = {"model": model, "seed": seed, "sampler": settings}
+        facts["sampler"] = settings
+    else:
+        facts["temperature"] = temperature
+        if not isinstance(opened, OneStepGenerator):
+            facts["guidance"] = guidance
+        if any(name.startswith("maskgit") for name in sources):
+            facts["confidence_noise"] = confidence_noise
     if task == "shapes":
         check_text_conditional(backbone, task=task)
         judge = open_clip_model(clip, image_size=decoder.image_size)
@@ -236,6 +248,19 @@ def evaluate(
         out=out,
         facts=facts,
     )
+
+
+def _origin(
+    model: str, opened: Pretrained, beside: str, tokenizer: ImageTokenizer | ContinuousTokenizer, *, seed: int
+) -> dict[str, object]:
+    """What made the images, with short hashes of the weights: a folder may hold others tomorrow."""
+    return {
+        "model": model,
+        "model_fingerprint": fingerprint(opened),
+        "tokenizer": beside,
+        "tokenizer_fingerprint": fingerprint(tokenizer),
+        "seed": seed,
+    }
 
 
 def print_geneval_results(results: str, *, metadata: str | None, out: str | None) -> None:

@@ -190,7 +190,7 @@ def prompts_of(prompts: Sequence[str] | None, prompt_file: str | None) -> Sequen
         return prompts
     if prompts is not None:
         raise ValueError("prompt_file: expected prompts or a file of them, got both")
-    return read_prompts(Path(prompt_file))
+    return read_prompts(Path(prompt_file), option="prompt_file")
 
 
 def wanted_conditions(
@@ -296,6 +296,9 @@ def check_positive(**counts: int) -> None:
 
 def _write(batches: Iterable[Generated], folder: Path, *, columns: int, save_images: bool) -> None:
     """Images as they come; of all of them no more are held than the grid shows."""
+    for old in (folder / "images").glob("[0-9]" * 5 + "*.png"):  # of an earlier run, which would pass for this one's
+        if old.stem.isdigit():
+            old.unlink()
     count, seconds = 0, 0.0
     shown: list[Tensor] = []
     for batch in batches:

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from softgen import evaluate, load_generator, load_model, load_tokenizer, sample
+from softgen import classifier, evaluate, load_generator, load_model, load_tokenizer, sample
 from softgen.classifier import RECIPES
+from softgen.data import Digits, ImageDataModule, Labels, TokenCache, write_token_cache
+from softgen.pretrained import fingerprint
 from softgen.quickstart import main as quickstart
+from softgen.testing import ToyTokenizer
 
 ROWS = ["tokenizer", "teacher_1", "teacher_4", "teacher_8", "teacher_16", "dimo", "dimo_gan", "dimo_reward", "tteo"]
 
@@ -60,13 +63,52 @@ def test_sample_and_evaluate(run: Path, tmp_path: Path, capsys: pytest.CaptureFi
     sample.main([f"--model={run / '3_dimo/model'}", f"--out={tmp_path}", "--n=6", "--labels=[3,7]", "--device=cpu"])
     assert len(list((tmp_path / "images").glob("*.png"))) == 6
     assert (tmp_path / "grid.png").is_file()
+    (tmp_path / "images" / "mine.png").write_bytes(b"")
+    sample.main([f"--model={run / '3_dimo/model'}", f"--out={tmp_path}", "--n=2", "--labels=[3]", "--device=cpu"])
+    left = sorted(path.name for path in (tmp_path / "images").iterdir())
+    assert left == ["00000.png", "00001.png", "mine.png"], "none of the run before"
 
     words = [f"--model={run / '2_teacher/model'}", "--n=40", "--steps=[2,4]", "--device=cpu"]
     evaluate.main([*words, f"--extractor={run / 'extractor'}", f"--out={tmp_path / 'rows.json'}"])
-    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    written = json.loads((tmp_path / "rows.json").read_text())
+    rows = written.pop("rows")
+    teacher = str(run / "2_teacher/model")
+    assert written == {
+        "model": teacher,
+        "model_fingerprint": fingerprint(load_model(teacher)),
+        "tokenizer": teacher,
+        "tokenizer_fingerprint": fingerprint(load_tokenizer(teacher)),
+        "seed": 0,
+        "temperature": 1.0,
+        "guidance": 1.0,
+        "confidence_noise": 4.5,
+    }
     assert [row["name"] for row in rows] == ["maskgit_2", "maskgit_4"]
     assert all(row["protocol"] == "fd_digitsnet_40" for row in rows)
     assert "fd_digitsnet_40" in capsys.readouterr().out
+
+
+def test_what_holds_no_images_is_nothing_to_compare_with(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokens = tmp_path / "tokens"
+    write_token_cache(tokens, load_tokenizer(str(run / "2_teacher/model")), Digits(), progress=False)
+    cache = ["--data=softgen.data.TokenCache", f"--data.root={tokens}"]
+    labels = ["--data=softgen.data.Labels", "--data.num_classes=10", "--data.image_size=8"]
+    words = [f"--model={run / '2_teacher/model'}", f"--extractor={run / 'extractor'}", "--n=40", "--device=cpu"]
+    for data, name in ((cache, "TokenCache"), (labels, "Labels")):
+        for main, own in ((evaluate.main, words), (classifier.main, [f"--out={tmp_path / 'net'}"])):
+            with pytest.raises(SystemExit):
+                main([*own, *data])
+            assert f"data: expected images, got {name}" in capsys.readouterr().err
+        with pytest.raises(ValueError, match=f"^data: expected images, got {name}$"):
+            write_token_cache(tmp_path / "again", ToyTokenizer(), _opened(name, tokens), progress=False)
+    assert not (tmp_path / "net").exists()
+    assert not (tmp_path / "again").exists()
+
+
+def _opened(name: str, tokens: Path) -> ImageDataModule:
+    return TokenCache(tokens) if name == "TokenCache" else Labels(num_classes=10, image_size=8)
 
 
 def test_a_classifier_of_ones_own_must_be_there(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

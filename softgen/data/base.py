@@ -6,7 +6,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
+from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from softgen.random import derive_seed
 
@@ -243,8 +244,7 @@ class ImageDataModule(LightningDataModule):
         """The held-out samples in their own order, each once."""
         source = self.val_source()
         rank, world_size = self._process()
-        if len(source) < world_size:
-            raise ValueError(f"data: expected a held-out sample for each of {world_size} processes, got {len(source)}")
+        _check_held_out(source, world_size)
         batches = OrdinalBatches(
             batch_size=self.batch_size,
             epoch_length=len(source),
@@ -260,17 +260,18 @@ class ImageDataModule(LightningDataModule):
         return self.val_dataloader()
 
     def predict_dataloader(self) -> DataLoader[Batch]:
-        """The held-out samples in their own order.
+        """The held-out samples in their own order, each once.
 
         In prediction Lightning rebuilds the batch sampler around a plain sampler, so that is what it gets.
         """
         source = self.val_source()
         rank, world_size = self._process()
+        _check_held_out(source, world_size)
         stream = OrdinalStream(source, seed=self.seed, epoch_length=len(source), shuffle=False)
-        sampler: DistributedSampler[Batch] = DistributedSampler(
-            stream, num_replicas=world_size, rank=rank, shuffle=False
+        sampler = UnrepeatedDistributedSampler(stream, num_replicas=world_size, rank=rank, shuffle=False)
+        return DataLoader(
+            stream, batch_size=self.batch_size, sampler=sampler, collate_fn=_as_is, num_workers=self.num_workers
         )
-        return DataLoader(stream, batch_size=self.batch_size, sampler=sampler, collate_fn=_as_is)
 
     def _process(self) -> tuple[int, int]:
         """This process's rank and the number of processes."""
@@ -288,3 +289,8 @@ class ImageDataModule(LightningDataModule):
         per_epoch = max(1, min(batches_per_epoch, limit))
         total: Any = self.trainer.fit_loop.epoch_loop.batch_progress.total
         return divmod(int(total.processed), per_epoch)
+
+
+def _check_held_out(source: SampleSource, world_size: int) -> None:
+    if len(source) < world_size:
+        raise ValueError(f"data: expected a held-out sample for each of {world_size} processes, got {len(source)}")

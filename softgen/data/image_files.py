@@ -98,13 +98,23 @@ def read_image(path: Path, *, image_size: int, resize: int) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
 
 
+def eight_bits(image: "Image") -> "Image":
+    """Grey of 16 bits scaled to 8, which PIL would cut off at 255; any other image as it is."""
+    from PIL import Image
+
+    if not image.mode.startswith("I"):
+        return image
+    levels = np.asarray(image).astype(np.int64)
+    return Image.fromarray((levels >> 8).clip(0, 255).astype(np.uint8))
+
+
 def _open(path: Path) -> "Image":
     """The whole image, turned as its EXIF says."""
     from PIL import Image, ImageOps
 
     try:
         with Image.open(path) as opened:
-            return ImageOps.exif_transpose(opened).convert("RGB")
+            return eight_bits(ImageOps.exif_transpose(opened)).convert("RGB")
     # PIL reports a broken png by SyntaxError, a broken EXIF block by struct.error.
     except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
         raise ValueError(f"data.root: expected an image, got '{path}', which cannot be read ({error})") from error

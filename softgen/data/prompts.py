@@ -8,6 +8,9 @@ from softgen.data.base import ImageDataModule, TrainVal
 
 PROMPT_SUFFIXES = (".txt", ".jsonl", ".parquet")
 
+_KEYS = {"data.paths": " (data.key)"}
+"""By which setting the key is chosen, by the option that names the file."""
+
 
 class PromptSource:
     """Prompts held in memory.
@@ -112,28 +115,31 @@ def _is_prompts(path: Path) -> bool:
     return path.suffix.lower() in PROMPT_SUFFIXES and path.is_file()
 
 
-def read_prompts(path: Path, *, key: str = "prompt") -> list[str]:
+def read_prompts(path: Path, *, key: str = "prompt", option: str = "data.paths") -> list[str]:
     """The prompts of one file, stripped, without blank ones.
 
     Args:
         path: A `.txt`, `.jsonl` or `.parquet` file.
         key: Key of the prompt in `.jsonl`, its column in `.parquet`.
+        option: What named the file, for error messages.
 
     Raises:
-        ValueError: The file cannot be read, or a key is missing or holds something else than text.
+        ValueError: The file is none of these or cannot be read, or a key is missing or holds something else than text.
         ImportError: A `.parquet` file without pyarrow.
     """
     suffix = path.suffix.lower()
+    if suffix not in PROMPT_SUFFIXES:
+        raise ValueError(f"{option}: expected one of {', '.join(PROMPT_SUFFIXES)}, got '{path}'")
     if suffix == ".parquet":
-        found = _read_parquet(path, column=key)
+        found = _read_parquet(path, column=key, option=option)
     elif suffix == ".jsonl":
-        found = list(_read_jsonl(path, key=key))
+        found = list(_read_jsonl(path, key=key, option=option))
     else:
-        found = [text for _, text in _lines(path)]
+        found = [text for _, text in _lines(path, option=option)]
     return [prompt for prompt in map(str.strip, found) if prompt]
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
+def _lines(path: Path, *, option: str) -> Iterator[tuple[int, str]]:
     """The lines that are not blank, with their numbers from 1."""
     try:
         with path.open(encoding="utf-8-sig") as file:
@@ -141,12 +147,12 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                 if line.strip():
                     yield number, line
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"data.paths: expected text in UTF-8, got '{path}' ({error})") from error
+        raise ValueError(f"{option}: expected text in UTF-8, got '{path}' ({error})") from error
 
 
-def _read_jsonl(path: Path, *, key: str) -> Iterator[str]:
-    for number, line in _lines(path):
-        where = f"data.paths: '{path}', line {number}"
+def _read_jsonl(path: Path, *, key: str, option: str) -> Iterator[str]:
+    for number, line in _lines(path, option=option):
+        where = f"{option}: '{path}', line {number}"
         try:
             row = json.loads(line)
         except ValueError as error:
@@ -154,31 +160,31 @@ def _read_jsonl(path: Path, *, key: str) -> Iterator[str]:
         if not isinstance(row, dict):
             raise ValueError(f"{where}: expected a JSON object, got {type(row).__name__}")
         if key not in row:
-            raise ValueError(f"{where}: expected the key '{key}' (data.key), got {_names(row)}")
+            raise ValueError(f"{where}: expected the key '{key}'{_KEYS.get(option, '')}, got {_names(row)}")
         if not isinstance(row[key], str):
             raise ValueError(f"{where}: expected text under '{key}', got {type(row[key]).__name__}")
         yield row[key]
 
 
-def _read_parquet(path: Path, *, column: str) -> list[str]:
+def _read_parquet(path: Path, *, column: str, option: str) -> list[str]:
     try:
         from pyarrow import ArrowException, parquet, types
     except ImportError as error:
-        message = f"data.paths: expected pyarrow for '{path}', got no such package: pip install pyarrow"
+        message = f"{option}: expected pyarrow for '{path}', got no such package: pip install pyarrow"
         raise ImportError(message) from error
     try:
         schema = parquet.read_schema(path)
         if column not in schema.names:
             raise ValueError(
-                f"data.paths: '{path}': expected the column '{column}' (data.key), got {_names(schema.names)}"
+                f"{option}: '{path}': expected the column '{column}'{_KEYS.get(option, '')}, got {_names(schema.names)}"
             )
         kind = schema.field(column).type
         if not (types.is_string(kind) or types.is_large_string(kind)):
-            raise ValueError(f"data.paths: '{path}': expected text in the column '{column}', got {kind}")
+            raise ValueError(f"{option}: '{path}': expected text in the column '{column}', got {kind}")
         values = parquet.read_table(path, columns=[column])[column].to_pylist()
     except (OSError, ArrowException) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"data.paths: expected a Parquet file, got '{path}' ({reason})") from error
+        raise ValueError(f"{option}: expected a Parquet file, got '{path}' ({reason})") from error
     return [value for value in values if value is not None]
 
 

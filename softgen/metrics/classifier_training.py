@@ -1,5 +1,6 @@
 """Training of the small classifier: a plain loop on one device."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,7 @@ from tqdm.auto import tqdm
 
 from softgen.data.base import ImageDataModule, SampleSource
 from softgen.data.batches import source_batches
+from softgen.data.token_cache import check_shows_images
 from softgen.metrics.accuracy import class_accuracy
 from softgen.metrics.classifier import SmallClassifier
 from softgen.metrics.features import extract_features
@@ -48,8 +50,9 @@ def train_classifier(
         progress: Show a progress bar.
 
     Raises:
-        ValueError: An argument is out of range, or the data has no labels.
+        ValueError: An argument is out of range, or the data has no images or no labels.
     """
+    check_shows_images(data)
     if data.num_classes < 2:
         raise ValueError(f"data.num_classes: expected at least 2, got {data.num_classes}")
     if epochs < 1:
@@ -90,7 +93,13 @@ def _fit(
 
 def classifier_accuracy(classifier: SmallClassifier, source: SampleSource) -> float:
     """Fraction of a labelled source's images that the classifier gets right, in [0, 1]."""
-    batches = list(source_batches(source))
-    logits = extract_features((batch["image"] for batch in batches), extractor=classifier).logits
+    labels: list[Tensor] = []
+
+    def images() -> Iterator[Tensor]:
+        for batch in source_batches(source):
+            labels.append(batch["label"])
+            yield batch["image"]
+
+    logits = extract_features(images(), extractor=classifier).logits
     assert logits is not None
-    return class_accuracy(logits, torch.cat([batch["label"] for batch in batches]))
+    return class_accuracy(logits, torch.cat(labels))

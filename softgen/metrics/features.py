@@ -93,18 +93,24 @@ def extract_features(
     try:
         with torch.no_grad():
             results = [
-                extractor.features_and_logits(batch if parameter is None else batch.to(parameter.device))
+                _on_cpu(extractor.features_and_logits(batch if parameter is None else batch.to(parameter.device)))
                 for batch in batches
             ]
     finally:
         extractor.train(was_training)
     if not results:
         raise ValueError("images: expected at least one batch, got none")
-    logits = [result.logits.float().cpu() for result in results if result.logits is not None]
+    logits = [result.logits for result in results if result.logits is not None]
     return ImageFeatures(
-        features=torch.cat([result.features.float().cpu() for result in results]),
+        features=torch.cat([result.features for result in results]),
         logits=torch.cat(logits) if logits else None,
     )
+
+
+def _on_cpu(result: ImageFeatures) -> ImageFeatures:
+    """In float32: what many images give need not stay on the extractor's device."""
+    logits = None if result.logits is None else result.logits.float().cpu()
+    return ImageFeatures(features=result.features.float().cpu(), logits=logits)
 
 
 def check_samples(rows: Tensor, *, name: str, minimum: int = 2) -> Tensor:

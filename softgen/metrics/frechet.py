@@ -1,6 +1,7 @@
 """Frechet distance between the Gaussians of two sets of features (Heusel et al. 2017, arXiv 1706.08500)."""
 
 import hashlib
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ from torch import Tensor
 from softgen.files import save_tensors
 from softgen.metrics.feature_metric import TwoSidedMetric, gathered
 from softgen.metrics.features import FeatureExtractor, check_samples
+
+UNREADABLE_NPZ = (OSError, ValueError, EOFError, BadZipFile, zlib.error)
+"""What numpy raises of a damaged .npz."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +48,13 @@ class FeatureStatistics:
         return cls(mean=mean, covariance=centred.T @ centred / (len(rows) - 1), n=len(rows))
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file, by renaming a finished one."""
+        """Write a safetensors file, by renaming a finished one.
+
+        Raises:
+            ValueError: The path ends in .npz, which is another format.
+        """
+        if Path(path).suffix == ".npz":
+            raise ValueError(f"path: expected another suffix than .npz for a safetensors file, got '{path}'")
         tensors = {"mean": self.mean, "covariance": self.covariance, "n": torch.tensor(self.n)}
         save_tensors(Path(path), tensors)
 
@@ -66,7 +76,7 @@ class FeatureStatistics:
             else:
                 tensors = load_file(path)
                 statistics = cls(mean=tensors["mean"], covariance=tensors["covariance"], n=int(tensors["n"]))
-        except (OSError, KeyError, TypeError, ValueError, EOFError, BadZipFile, SafetensorError) as error:
+        except (*UNREADABLE_NPZ, KeyError, TypeError, SafetensorError) as error:
             raise ValueError(f"statistics: expected a file of feature statistics, got '{path}' ({error})") from error
         statistics._check(path)
         return statistics

@@ -13,7 +13,7 @@ from softgen.data.batches import source_batches
 from softgen.metrics.classifier import SmallClassifier
 from softgen.metrics.classifier_training import classifier_accuracy, train_classifier
 from softgen.metrics.features import FeatureExtractor, extract_features, metric_name
-from softgen.metrics.frechet import FeatureStatistics
+from softgen.metrics.frechet import UNREADABLE_NPZ, FeatureStatistics
 from softgen.metrics.image_quality import ImageQuality, fixed_subset, image_quality
 
 _MAX_REFERENCE = 5000
@@ -168,10 +168,13 @@ def _images_beside(path: Path) -> Iterator[Tensor] | None:
     """Batches of the real images (n, H, W, 3) uint8 that ADM's files hold beside the statistics; None without any."""
     if path.suffix != ".npz":
         return None
-    with np.load(path, allow_pickle=False) as arrays:
-        if "arr_0" not in arrays.files:
-            return None
-        images = torch.from_numpy(arrays["arr_0"])
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            if "arr_0" not in arrays.files:
+                return None
+            images = torch.from_numpy(arrays["arr_0"])
+    except UNREADABLE_NPZ as error:
+        raise ValueError(f"statistics: expected images that can be read in {path}, got an error ({error})") from error
     if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != torch.uint8:
         raise ValueError(
             f"statistics: expected images (n, H, W, 3) of uint8 in {path}, got {tuple(images.shape)} of {images.dtype}"

@@ -172,6 +172,20 @@ def test_loaders_without_a_trainer() -> None:
     assert [batch["index"] for batch in data.val_dataloader()] == [[0, 1, 2, 3, 4], [5, 6]]
 
 
+def test_prediction_visits_every_held_out_sample_once_over_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    for rank in range(2):
+        data = CountingData(batch_size=3, num_workers=1)
+        monkeypatch.setattr(data, "_process", lambda rank=rank: (rank, 2))
+        loader = data.predict_dataloader()
+        assert loader.num_workers == 1
+        seen += [index for batch in loader for index in batch["index"]]
+    assert sorted(seen) == list(range(7))
+    monkeypatch.setattr(data, "_process", lambda: (0, 8))
+    with pytest.raises(ValueError, match=r"^data: expected a held-out sample for each of 8 processes, got 7$"):
+        data.predict_dataloader()
+
+
 def test_a_batch_larger_than_the_data_is_refused() -> None:
     message = r"data.batch_size: expected at most 22 \(the number of training images\) over 1 process\(es\), got 23"
     with pytest.raises(ValueError, match=message):

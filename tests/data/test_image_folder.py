@@ -1,11 +1,13 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from softgen.data import ImageFolder
+from softgen.data.image_files import read_image
 
 
 def save(path: Path, size: tuple[int, int] = (8, 8), colour: tuple[int, int, int] = (255, 0, 51)) -> None:
@@ -59,6 +61,17 @@ def test_shorter_edge_is_scaled_and_the_centre_cut(tmp_path: Path) -> None:
     assert (pixels[:, :, 1:9] > 0.98).all()
     larger = ImageFolder(tmp_path, image_size=10, resize=20, val_fraction=0.5).train_source()
     torch.testing.assert_close(larger.fetch([0])["image"][0], torch.ones(3, 10, 10))
+
+
+@pytest.mark.parametrize("suffix", ["png", "tiff"])
+def test_grey_of_16_bits_keeps_its_levels(tmp_path: Path, suffix: str) -> None:
+    levels = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    (tmp_path / "a").mkdir()
+    Image.fromarray(levels).save(tmp_path / "a" / f"a.{suffix}")
+    pixels = read_image(tmp_path / "a" / f"a.{suffix}", image_size=8, resize=8)
+    assert pixels.shape == (3, 8, 8)
+    expected = torch.from_numpy(levels.astype(np.float32)) / 65535
+    assert (pixels - expected).abs().max().item() < 1.01 / 255
 
 
 def test_scaling_is_antialiased(tmp_path: Path) -> None:

@@ -194,7 +194,8 @@ def test_labels_are_not_enough_for_a_text_conditional_teacher(folder: Path, caps
         ({"prompts": []}, "prompts: expected at least one, since this model is text-conditional, got none"),
         ({"labels": [1]}, "labels: expected prompts, since this model is text-conditional, got labels"),
         ({"prompts": ["a"], "prompt_file": "b.txt"}, "prompt_file: expected prompts or a file of them, got both"),
-        ({"prompt_file": "missing.txt"}, "expected text in UTF-8, got 'missing.txt'"),
+        ({"prompt_file": "missing.txt"}, "^prompt_file: expected text in UTF-8, got 'missing.txt'"),
+        ({"prompt_file": "table.csv"}, "^prompt_file: expected one of .txt, .jsonl, .parquet, got 'table.csv'$"),
     ],
 )
 def test_sampling_without_prompts_is_refused(

@@ -81,6 +81,23 @@ def test_missing_and_foreign_statistics_are_refused(tmp_path: Path) -> None:
         FeatureStatistics.load(path)
 
 
+def test_damaged_archives_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "damaged.npz"
+    np.savez_compressed(path, mu=np.random.default_rng(0).normal(size=500), sigma=np.eye(500))
+    content = bytearray(path.read_bytes())
+    content[200:260] = bytes(60)
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"^statistics: expected a file of feature statistics, got '{path}' \("):
+        FeatureStatistics.load(path)
+
+
+def test_statistics_are_not_written_under_the_suffix_of_another_format(tmp_path: Path) -> None:
+    statistics = FeatureStatistics.from_features(torch.rand(4, 2))
+    with pytest.raises(ValueError, match=r"^path: expected another suffix than \.npz for a safetensors file, got "):
+        statistics.save(tmp_path / "a.npz")
+    assert not list(tmp_path.iterdir())
+
+
 def test_other_numbers_of_features_are_refused() -> None:
     with pytest.raises(ValueError, match=r"^statistics: expected 6 features on both sides, got 5$"):
         frechet_distance(random_statistics(0), random_statistics(0, dim=5))

@@ -107,8 +107,12 @@ def test_errors() -> None:
             SmallClassifier(name="net", **arguments)
     with pytest.raises(ValueError, match=r"^epochs: expected at least 1, got 0$"):
         train_classifier(Halves(), name="net", epochs=0)
+    with pytest.raises(ValueError, match=r"^data: expected images, got Labels$"):
+        train_classifier(Labels(3), name="net", epochs=1)
+    alike = Halves()
+    alike.num_classes = 1
     with pytest.raises(ValueError, match=r"^data.num_classes: expected at least 2, got 1$"):
-        train_classifier(Labels(1), name="net", epochs=1)
+        train_classifier(alike, name="net", epochs=1)
 
 
 def test_the_command_takes_images_of_your_own(tmp_path: Path) -> None:
