@@ -82,7 +82,8 @@ class Stage(LightningModule, ABC):
     def on_train_start(self) -> None:
         """Optimizer and schedule as they are configured: a checkpoint restores its own rates and decays too."""
         schedule = self.lr_schedulers()
-        assert isinstance(schedule, torch.optim.lr_scheduler.LambdaLR)
+        if not self._group_settings or not isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):
+            return  # those of a subclass, or of Lightning's search for a rate
         for group, settings in zip(schedule.optimizer.param_groups, self._group_settings, strict=True):
             group.update(settings, initial_lr=settings["lr"])
         schedule.base_lrs = [settings["lr"] for settings in self._group_settings]
