@@ -47,6 +47,13 @@ def save_image(image: Tensor, path: str | Path) -> None:
     os.replace(scratch, target)
 
 
+def remove_numbered(folder: Path) -> None:
+    """Remove the images 00000.png, 00001.png, ... of an earlier run, which would pass for those of this one."""
+    for path in folder.glob("[0-9]" * 5 + "*.png"):
+        if path.stem.isdigit():
+            path.unlink()
+
+
 def save_grid(images: Tensor, path: str | Path, *, columns: int = 16, min_side: int = 32) -> None:
     """Write a grid of images (n, 3, H, W) in [0, 1] as PNG."""
     save_image(grid(images, columns=columns, min_side=min_side), path)

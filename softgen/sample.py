@@ -24,7 +24,7 @@ from softgen.generation import (
     teacher_tokens,
 )
 from softgen.guidance import check_guidance
-from softgen.images import save_grid, save_image
+from softgen.images import remove_numbered, save_grid, save_image
 from softgen.loading import check_compatible, check_latents, load_continuous_tokenizer, load_tokenizer
 from softgen.masking import Schedule
 from softgen.models.autoregressive import AutoregressiveTransformer
@@ -296,9 +296,7 @@ def check_positive(**counts: int) -> None:
 
 def _write(batches: Iterable[Generated], folder: Path, *, columns: int, save_images: bool) -> None:
     """Images as they come; of all of them no more are held than the grid shows."""
-    for old in (folder / "images").glob("[0-9]" * 5 + "*.png"):  # of an earlier run, which would pass for this one's
-        if old.stem.isdigit():
-            old.unlink()
+    remove_numbered(folder / "images")
     count, seconds = 0, 0.0
     shown: list[Tensor] = []
     for batch in batches:

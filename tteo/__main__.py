@@ -11,7 +11,7 @@ import torch
 from rewards import Reward, build, probe_reward
 from softgen.cli import run_command
 from softgen.files import save_tensors, write_json
-from softgen.images import save_grid, save_image
+from softgen.images import remove_numbered, save_grid, save_image
 from softgen.loading import load_generator, load_tokenizer
 from softgen.sample import check_writable, choose_device, prompts_of, wanted_conditions
 from tteo.optimize import TTEOSettings, optimize
@@ -76,8 +76,8 @@ def write_result(result: TTEOResult, folder: Path) -> None:
     `tokens` and the input `embeddings` of the best images and the `start_tokens`, and with `settings.keep_every`
     trajectory.png, a row for each step that was kept.
     """
-    for old in (*(folder / "images").glob("[0-9]" * 5 + ".png"), folder / "trajectory.png"):  # of an earlier run
-        old.unlink(missing_ok=True)
+    remove_numbered(folder / "images")
+    (folder / "trajectory.png").unlink(missing_ok=True)  # of an earlier run, as those
     for index, image in enumerate(result.images):
         save_image(image, folder / "images" / f"{index:05d}.png")
     shown = min(20, len(result.images))

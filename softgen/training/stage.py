@@ -84,16 +84,12 @@ class Stage(LightningModule, ABC):
         schedule = self.lr_schedulers()
         if not self._group_settings or not isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):
             return  # those of a subclass, or of Lightning's search for a rate
-        for group, settings in zip(schedule.optimizer.param_groups, self._group_settings, strict=True):
-            group.update(settings, initial_lr=settings["lr"])
         schedule.base_lrs = [settings["lr"] for settings in self._group_settings]
-        rates = [
-            base * factor(schedule.last_epoch)
-            for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
-        ]
-        for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
-        schedule._last_lr = rates
+        rates = zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+        schedule._last_lr = [base * factor(schedule.last_epoch) for base, factor in rates]
+        groups = schedule.optimizer.param_groups
+        for group, settings, rate in zip(groups, self._group_settings, schedule._last_lr, strict=True):
+            group.update(settings, initial_lr=settings["lr"], lr=rate)
 
     def on_train_end(self) -> None:
         """The product is finished."""

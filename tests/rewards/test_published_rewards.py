@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import AGAIN, BUILDERS, architecture, hpsv3, imagereward, pickscore
 
-from rewards import Compute, HPSv2Reward, ImageRewardReward, PickScoreReward, Reward, probe_reward
+from rewards import Compute, HPSv2Reward, HPSv3Reward, ImageRewardReward, PickScoreReward, Reward, probe_reward
 from rewards.qwen_images import fitted_size, patch_rows
 
 EACH = pytest.mark.parametrize("name", sorted(BUILDERS))
@@ -91,6 +91,16 @@ def test_hpsv3_asks_as_officially(tmp_path: Path) -> None:
     assert mask[1].tolist() == [1] * lengths[1] + [0] * 2
 
 
+def test_a_text_without_its_reward_token_is_refused(tmp_path: Path) -> None:
+    reward = BUILDERS["hpsv3"](tmp_path)
+    assert isinstance(reward, HPSv3Reward)
+    reward.reward_token_id = -5
+    with pytest.raises(
+        ValueError, match=r"^reward hpsv3: expected one token -5 \(reward_token_id\) a text, got another"
+    ):
+        reward(torch.rand(1, 3, 56, 56), ["a red cat"])
+
+
 def test_long_prompts_are_cut_with_a_warning(tmp_path: Path) -> None:
     long = " ".join(["cat"] * 60)
     images = torch.rand(2, 3, 32, 32)
@@ -148,8 +158,6 @@ def test_keys_that_do_not_fit_are_named(tmp_path: Path) -> None:
     del state["model.norm.weight"]
     save_file(state, tmp_path / "HPSv3.safetensors")
     from tiny_checkpoints import QWEN
-
-    from rewards import HPSv3Reward
 
     with pytest.raises(ValueError, match=r"^checkpoint: expected .* got 'language_model.norm.weight' missing$"):
         HPSv3Reward(tmp_path, config={**QWEN, "image_token_id": 5})
