@@ -23,6 +23,7 @@ from softgen.pretrained import Pretrained, check_keys, resolve_folder
 _WRAPPERS = ("module.", "_orig_mod.")
 _ENTRIES = ("model_state_dict", "state_dict")
 _SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt")
+_INDEX = ".safetensors.index.json"
 
 # A tensor that tells a family, and how its checkpoints are called.
 _SIGNATURES = (
@@ -73,15 +74,18 @@ def read_checkpoint(source: str | Path, *, key: str, names: Sequence[str] = ()) 
     torch.compile are dropped.
 
     Args:
-        source: A file (.safetensors, .bin, .pth, .pt, .ckpt), a folder, or a hub id `owner/name`.
+        source: A file (.safetensors, .bin, .pth, .pt, .ckpt), the .safetensors.index.json of one in several parts, a
+            folder, or a hub id `owner/name`.
         key: The config key that named the source, for error messages.
-        names: Files to look for in a folder or repository, in this order; by default model.safetensors and
-            pytorch_model.bin.
+        names: Files to look for in a folder or repository, in this order, whole or in parts; by default
+            model.safetensors and pytorch_model.bin.
 
     Raises:
         ValueError: If there is no such file, or it is truncated, of another kind, or holds more than tensors.
     """
     path = find_checkpoint(source, key=key, names=names)
+    if path.name.endswith(_INDEX):
+        return _strip(_read_parts(path, key=key))
     if path.suffix == ".safetensors":
         return _strip(_read_safetensors(path, key=key))
     try:
@@ -167,14 +171,16 @@ def find_checkpoint(source: str | Path, *, key: str, names: Sequence[str] = ()) 
     """The file that a source stands for. Arguments and errors as `read_checkpoint`."""
     path = Path(source)
     if path.is_file():
-        if path.suffix not in _SUFFIXES:
+        if path.suffix not in _SUFFIXES and not path.name.endswith(_INDEX):
             raise ValueError(f"{key}: expected a file of {', '.join(_SUFFIXES)}, got {path}")
         return path
     wanted = tuple(names) or ("model.safetensors", "pytorch_model.bin")
-    folder = resolve_folder(source, key=key, patterns=("*.json", *wanted))
+    parts = [name.replace(".safetensors", "-*.safetensors") for name in wanted if name.endswith(".safetensors")]
+    folder = resolve_folder(source, key=key, patterns=("*.json", *wanted, *parts))
     for name in wanted:
-        if (folder / name).is_file():
-            return folder / name
+        for file in (name, name.replace(".safetensors", _INDEX)):
+            if (folder / file).is_file():
+                return folder / file
     raise ValueError(f"{key}: expected {' or '.join(wanted)} in {folder}, got none of them")
 
 
@@ -205,6 +211,20 @@ def settings_beside(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"config.json: expected a JSON object in {file}, got a {type(content).__name__}")
     return content
+
+
+def published_settings(path: Path, *sections: str) -> dict[str, Any]:
+    """What some sections of `model` say in the config.json beside a checkpoint, the later of them first.
+
+    So TiTok's, MaskGen's and SFTok's authors publish them. Empty without such a file or section; errors as
+    `settings_beside`.
+    """
+    model = settings_beside(path).get("model")
+    found: dict[str, Any] = {}
+    for section in sections:
+        if isinstance(model, Mapping) and isinstance(model.get(section), Mapping):
+            found |= model[section]
+    return found
 
 
 def build(
@@ -295,10 +315,23 @@ def _read_safetensors(path: Path, *, key: str) -> dict[str, Tensor]:
         raise ValueError(f"{key}: expected a whole safetensors file, got {path} ({error})") from error
 
 
+def _read_parts(index: Path, *, key: str) -> dict[str, Tensor]:
+    """The tensors of all the safetensors files that an index names, which lie beside it."""
+    try:
+        files = sorted({Path(file).name for file in json.loads(index.read_text())["weight_map"].values()})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{key}: expected an index with a weight_map, got {index} ({reason_of(error)})") from error
+    state: dict[str, Tensor] = {}
+    for file in files:
+        if not (index.parent / file).is_file():
+            raise ValueError(f"{key}: expected {file} beside {index}, got none")
+        state |= _read_safetensors(index.parent / file, key=key)
+    return state
+
+
 def _strip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Without the prefix that a wrapper put before every name, and those of parts that were compiled by themselves."""
+    """Without the prefixes that wrappers put before every name, and those of parts that were compiled by themselves."""
     stripped = {name.replace("._orig_mod.", "."): value for name, value in state.items()}
-    for prefix in _WRAPPERS:
-        if stripped and all(name.startswith(prefix) for name in stripped):
-            stripped = {name.removeprefix(prefix): value for name, value in stripped.items()}
+    while prefix := next((some for some in _WRAPPERS if stripped and all(n.startswith(some) for n in stripped)), None):
+        stripped = {name.removeprefix(prefix): value for name, value in stripped.items()}
     return stripped

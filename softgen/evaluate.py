@@ -295,6 +295,8 @@ def _sources(
     assert isinstance(opened, MaskedDiffusionModel)
     if sampler == "published":
         check_published_alone(guidance=guidance, temperature=temperature, confidence_noise=confidence_noise)
+        for count in steps:
+            check_published_alone(steps=count)
         return {"published": teacher_tokens(opened, published_sampler(opened))}
     sources = {}
     for count in steps:

@@ -99,3 +99,24 @@ def exact_mask(counts: Tensor, uniform: Tensor) -> Tensor:
     order = uniform.argsort(dim=-1)
     first = torch.arange(uniform.shape[-1], device=uniform.device) < counts.unsqueeze(-1)
     return torch.zeros_like(first).scatter_(-1, order, first)
+
+
+def mask_least_confident(tokens: Tensor, confidence: Tensor, masked: Tensor, *, kept: int, mask_id: int) -> Tensor:
+    """Mask the least confident tokens again, as TiTok's family of samplers does (arXiv 2406.07550).
+
+    As many as `kept`, but fewer than the first sample had masked and at least one, and with them all that are as
+    confident as the last of these. The count stays on the device.
+
+    Args:
+        tokens: (B, N).
+        confidence: (B, N), infinite where a token stays.
+        masked: Before they were drawn, (B, N).
+        kept: Masks that the schedule leaves.
+        mask_id: What masks.
+
+    Returns:
+        Tokens (B, N).
+    """
+    count = (masked[:1].sum(dim=1, keepdim=True) - 1).clamp(max=kept).clamp(min=1)
+    threshold = confidence.sort(dim=-1).values.gather(-1, (count - 1).expand(len(tokens), 1))
+    return tokens.masked_fill(confidence <= threshold, mask_id)

@@ -37,7 +37,7 @@ from softgen.samplers import published_sampler
 from softgen.sampling import AutoregressiveSampler, HaltonSampler, MaskGITSampler, Sampler
 
 PROGRAM = "softgen.sample"
-PUBLISHED_TAKES = {"guidance": 1.0, "temperature": 1.0, "confidence_noise": 4.5}
+PUBLISHED_TAKES = {"steps": 8, "schedule": "arccos", "guidance": 1.0, "temperature": 1.0, "confidence_noise": 4.5}
 """Options that a published sampler has settings of its own for, and their defaults."""
 
 
@@ -128,7 +128,13 @@ def sample(
     else:
         assert isinstance(backbone, MaskedDiffusionModel)
         if sampler == "published":
-            check_published_alone(guidance=guidance, temperature=temperature, confidence_noise=confidence_noise)
+            check_published_alone(
+                steps=steps,
+                schedule=schedule,
+                guidance=guidance,
+                temperature=temperature,
+                confidence_noise=confidence_noise,
+            )
             chosen: Sampler = published_sampler(backbone)
         else:
             common: dict[str, Any] = {"steps": steps, "schedule": schedule, "guidance": guidance}
@@ -167,7 +173,7 @@ def check_masked_sampler(sampler: str | None) -> None:
         raise ValueError(f"sampler: expected {sampler} with a SiT alone, got another model")
 
 
-def check_published_alone(**options: float) -> None:
+def check_published_alone(**options: float | str) -> None:
     """Refuse options beside a published sampler, which would ignore them.
 
     Raises:
@@ -176,7 +182,7 @@ def check_published_alone(**options: float) -> None:
     for name, value in options.items():
         if value != PUBLISHED_TAKES[name]:
             raise ValueError(
-                f"{name}: expected none with sampler published, which has settings of its own, got {value:g}"
+                f"{name}: expected none with sampler published, which has settings of its own, got {value}"
             )
 
 

@@ -71,6 +71,8 @@ class MaskGITSampler:
     def __post_init__(self) -> None:
         if self.guidance_schedule not in ("constant", "linear"):
             raise ValueError(f"guidance_schedule: expected constant or linear, got {self.guidance_schedule!r}")
+        if not 0 <= self.confidence_noise < math.inf:
+            raise ValueError(f"confidence_noise: expected a finite number of at least 0, got {self.confidence_noise}")
 
     def plan(self, model: MaskedDiffusionModel) -> list[int]:
         """How many sites each step reveals.

@@ -1,5 +1,6 @@
 """Published checkpoints: what is read, what is refused, and that nothing else is executed."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert all(torch.equal(got[name], expected[name]) for name in expected)
 
 
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod."])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "_orig_mod.module.", "module._orig_mod."])
 @pytest.mark.parametrize("entry", [None, "model_state_dict", "state_dict"])
 def test_every_layout_of_a_file_is_read(prefix: str, entry: str | None, tmp_path: Path) -> None:
     state = small().state_dict()
@@ -63,6 +64,26 @@ def test_a_folder_holds_one_of_the_names(tmp_path: Path) -> None:
     assert_same(read_checkpoint(tmp_path, key="model"), state)
     with pytest.raises(ValueError, match=r"^model: expected other.bin in .*, got none of them$"):
         read_checkpoint(tmp_path, key="model", names=["other.bin"])
+
+
+def test_a_checkpoint_in_parts_is_read(tmp_path: Path) -> None:
+    state = small().state_dict()
+    names = sorted(state)
+    files = {name: f"model-0000{1 + index % 2}-of-00002.safetensors" for index, name in enumerate(names)}
+    for file in set(files.values()):
+        save_file({name: state[name] for name in names if files[name] == file}, tmp_path / file)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    assert_same(read_checkpoint(tmp_path, key="model"), state)
+    assert_same(read_checkpoint(index, key="model"), state)
+    (tmp_path / files[names[0]]).unlink()
+    with pytest.raises(ValueError, match=rf"^model: expected {files[names[0]]} beside .*, got none$"):
+        read_checkpoint(tmp_path, key="model")
+    for content in ("{", "[]", '{"weight_map": {"a": 1}}'):
+        index.write_text(content)
+        with pytest.raises(ValueError, match=r"^model: expected an index with a weight_map, got .*$") as caught:
+            read_checkpoint(tmp_path, key="model")
+        assert "\n" not in str(caught.value)
 
 
 def test_objects_are_refused_and_never_executed(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from softgen.categorical import check_token_range
-from softgen.models.conditions import Asked, ClassCondition, Condition, TextCondition
+from softgen.models.conditions import Asked, ClassCondition, Condition, TextCondition, check_labels, check_prompts
 from softgen.pretrained import Pretrained
 
 if TYPE_CHECKING:
@@ -73,16 +73,19 @@ class ImageCodeModel(Pretrained, ABC):
         """Make the condition from class labels, (B,) of any integer type, or from B prompts.
 
         Raises:
-            ValueError: Prompts for a class-conditional model, labels for a text-conditional one, or no such class. On
-                an accelerator, which would have to be waited for, labels are not looked at.
+            ValueError: Prompts for a class-conditional model, labels for a text-conditional one, no prompt at all, a
+                single text, labels of another shape or type, or no such class. On an accelerator, which would have to
+                be waited for, the labels' values are not looked at.
         """
         if self.text_encoder is not None:
             if isinstance(asked, Tensor):
                 raise ValueError("conditions: expected prompts, since this model is text-conditional, got class labels")
+            check_prompts(asked, key="conditions")
             condition: Condition = self.text_encoder(asked)
             return condition
         if not isinstance(asked, Tensor):
             raise ValueError("conditions: expected class labels, since this model is class-conditional, got prompts")
+        check_labels(asked, key="labels")
         check_token_range(asked, max(1, self.num_classes) - 1, key="labels")
         return ClassCondition.of(asked.long())
 

@@ -85,6 +85,28 @@ class TextCondition(Condition):
         return cls(dropped=dropped, states=states, mask=mask, pooled=pooled, nothing_dropped=True)
 
 
+def check_prompts(prompts: Sequence[str], *, key: str) -> None:
+    """Refuse what is no list of prompts; one text would be read letter by letter.
+
+    Raises:
+        ValueError: Naming `key`.
+    """
+    if isinstance(prompts, str):
+        raise ValueError(f"{key}: expected a list of prompts, got the text {prompts!r}")
+    if len(prompts) == 0:
+        raise ValueError(f"{key}: expected at least one prompt, got none")
+
+
+def check_labels(labels: Tensor, *, key: str) -> None:
+    """Refuse what is no row of class numbers.
+
+    Raises:
+        ValueError: Naming `key`.
+    """
+    if labels.ndim != 1 or labels.is_floating_point() or labels.is_complex():
+        raise ValueError(f"{key}: expected labels (B,) of an integer type, got {labels.dtype} {tuple(labels.shape)}")
+
+
 def split_asked(asked: Asked, size: int) -> list[Asked]:
     """Labels or prompts in parts of `size`, the last one maybe shorter."""
     return [asked[first : first + size] for first in range(0, len(asked), size)]

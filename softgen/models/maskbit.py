@@ -45,7 +45,7 @@ class _Residual(nn.Module):
 class _Attention(_Residual):
     def __init__(self, width: int, *, heads: int, dropout: float, prenorm: bool) -> None:
         super().__init__(width, dropout=dropout, prenorm=prenorm)
-        self.mha = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.mha = nn.MultiheadAttention(width, heads, dropout=dropout, batch_first=True)
 
     def sublayer(self, x: Tensor) -> Tensor:
         out: Tensor = self.mha(x, x, x, need_weights=False)[0]

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from softgen.categorical import check_token_range
-from softgen.checkpoints import build, read_checkpoint
+from softgen.checkpoints import build, find_checkpoint, published_settings, read_checkpoint
+from softgen.devices import float_numbers
 from softgen.models.base import ModelOutput
 from softgen.models.blocks import modulate
 from softgen.models.conditions import Condition
@@ -140,9 +141,9 @@ class MaskGen(PromptedModel):
         source: str | Path,
         *,
         key: str = "model",
-        decoder_num_heads: int = 16,
+        decoder_num_heads: int | None = None,
         condition_num_classes: int = 1000,
-        aesthetic_score: float = 6.0,
+        aesthetic_score: float | None = None,
         text_encoder: TextEncoder | str | None = None,
         negative_prompt: str = "",
         checkpoint_activations: bool = False,
@@ -154,9 +155,10 @@ class MaskGen(PromptedModel):
             source: A file, or a folder or hub id that holds `model.safetensors`. The table may be in it under its own
                 name, that of the output layer, or both.
             key: The config key that named it, for error messages.
-            decoder_num_heads: Shapes do not tell it: 16 in the published ones.
+            decoder_num_heads: Shapes do not tell it; by default what config.json beside the checkpoint says, else the
+                published 16.
             condition_num_classes: As of the class; the other rows of the table are the codes and the mask.
-            aesthetic_score: As of the class.
+            aesthetic_score: By default what config.json beside the checkpoint says, else 6.
             text_encoder: Its folder or hub id, of transformers, or of open_clip with its prefix; by default, for sizes
                 of the published ones, theirs, opened when it is first needed.
             negative_prompt: As of the class.
@@ -166,11 +168,13 @@ class MaskGen(PromptedModel):
         Raises:
             ValueError: If the file is missing or of another family, or the options contradict it.
         """
-        state = _one_table(read_checkpoint(source, key=key))
+        path = find_checkpoint(source, key=key)
+        told = published_settings(path, "maskgen")
+        state = _one_table(read_checkpoint(path, key=key))
         arguments = _sizes(state, condition_num_classes=condition_num_classes, key=key)
         arguments |= {
-            "decoder_num_heads": decoder_num_heads,
-            "aesthetic_score": aesthetic_score,
+            "decoder_num_heads": told.get("decoder_num_heads", 16) if decoder_num_heads is None else decoder_num_heads,
+            "aesthetic_score": told.get("sample_aesthetic_score", 6.0) if aesthetic_score is None else aesthetic_score,
             "text_encoder": _open_text(text_encoder, arguments.get("text_embed_dim")),
             "negative_prompt": negative_prompt,
             "checkpoint_activations": checkpoint_activations,
@@ -238,7 +242,7 @@ class MaskGen(PromptedModel):
         """What modulates the blocks, (B, d)."""
         if self.micro_condition:
             given = self.aesthetic_score if aesthetic_score is None else aesthetic_score
-            scores = torch.as_tensor(given, dtype=torch.float32, device=pooled.device).expand(len(pooled))
+            scores = float_numbers(given, pooled.device).expand(len(pooled))
             pooled = torch.cat([pooled, score_sinusoid(scores, self.micro_width).to(pooled.dtype)], dim=-1)
         told: Tensor = self.cond_pooled_proj(pooled)
         return told

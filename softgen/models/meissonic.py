@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from softgen.categorical import check_token_range
 from softgen.checkpoints import build, diffusers_names, find_checkpoint, read_checkpoint, settings_beside
+from softgen.devices import float_numbers
 from softgen.models.base import ModelOutput
 from softgen.models.conditions import Condition
 from softgen.models.meissonic_parts import (
@@ -72,7 +73,7 @@ class Meissonic(PromptedModel):
             vectors that leave the embedding.
         timestep: That the model is told by default, multiplied by 1000 inside; Di[M]O's authors pass 0.
         guidance_scale: That it is told by default with `guidance_embeds`, multiplied by 1000 inside.
-        micro_conditions: Width, height, crop left, crop top in pixels, aesthetic score, that it is told by default;
+        micro_conditions: Width, height, crop top, crop left in pixels, aesthetic score, that it is told by default;
             without them those of uncropped images of this size, score 6.
         text_encoder: Reads the prompts; its states are those before the last layer.
         negative_prompt: The unconditional prompt.
@@ -277,7 +278,7 @@ class Meissonic(PromptedModel):
             timestep: Multiplied by 1000 inside: a number, or (1,), or (B,). The published sampler passes the steps that
                 are left, training passed 1000 times the share of masks.
             guidance_scale: As the timestep; ignored without `guidance_embeds`.
-            micro_conditions: Width, height, crop left, crop top, aesthetic score, (B, 5).
+            micro_conditions: Width, height, crop top, crop left, aesthetic score, (B, 5).
             taps: Layers, those with two streams first.
         """
         states, pooled = self.read(condition)
@@ -321,7 +322,8 @@ class Meissonic(PromptedModel):
     ) -> Tensor:
         """What modulates the blocks, (B, D)."""
         if micro_conditions is None:
-            micro_conditions = pooled.new_tensor(self.micro_conditions, dtype=torch.float32).expand(len(pooled), -1)
+            told_by_default = [float_numbers(number, pooled.device) for number in self.micro_conditions]
+            micro_conditions = torch.cat(told_by_default).expand(len(pooled), -1)
         micro = sinusoid(micro_conditions).flatten(1).to(pooled.dtype)
         time = _numbers(self.timestep if timestep is None else timestep, pooled)
         scale = None
@@ -362,7 +364,7 @@ class Meissonic(PromptedModel):
 
 def _numbers(given: Tensor | float, like: Tensor) -> Tensor:
     """Sinusoids (1 or B, 256) of 1000 times a number, (1,), or (B,)."""
-    scaled = torch.as_tensor(given, dtype=torch.float32, device=like.device).reshape(-1) * 1000
+    scaled = float_numbers(given, like.device) * 1000
     return sinusoid(scaled).to(like.dtype)
 
 

@@ -16,10 +16,12 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from softgen.categorical import check_token_range
-from softgen.checkpoints import build, read_checkpoint
+from softgen.checkpoints import build, find_checkpoint, published_settings, read_checkpoint
 from softgen.models.base import MaskedDiffusionModel, ModelOutput
 from softgen.models.conditions import ClassCondition, Condition
 from softgen.relaxation import expected_embedding
+
+_PUBLISHED_HEADS = 16
 
 
 class _TiTokGenerator(MaskedDiffusionModel):
@@ -216,7 +218,7 @@ class ImageBert(_TiTokGenerator):
         condition_num_classes: int = 1000,
         hidden_size: int = 768,
         num_hidden_layers: int = 24,
-        num_attention_heads: int = 16,
+        num_attention_heads: int = _PUBLISHED_HEADS,
         intermediate_size: int = 3072,
         dropout: float = 0.0,
         attn_drop: float = 0.0,
@@ -258,7 +260,7 @@ class ImageBert(_TiTokGenerator):
         source: str | Path,
         *,
         key: str = "model",
-        num_attention_heads: int = 16,
+        num_attention_heads: int | None = None,
         dropout: float = 0.0,
         attn_drop: float = 0.0,
         checkpoint_activations: bool = False,
@@ -269,7 +271,8 @@ class ImageBert(_TiTokGenerator):
         Args:
             source: A file, or a folder or hub id that holds `model.safetensors`.
             key: The config key that named it, for error messages.
-            num_attention_heads: Shapes do not tell it: 16 in the published ones.
+            num_attention_heads: Shapes do not tell it; by default what config.json beside the checkpoint says, else the
+                published 16.
             dropout: While it is trained.
             attn_drop: While it is trained.
             checkpoint_activations: As of the class.
@@ -278,9 +281,10 @@ class ImageBert(_TiTokGenerator):
         Raises:
             ValueError: If the file is missing or of another family.
         """
-        state = read_checkpoint(source, key=key)
+        path = find_checkpoint(source, key=key)
+        state = read_checkpoint(path, key=key)
         options = {
-            "num_attention_heads": num_attention_heads,
+            "num_attention_heads": _published_heads(path) if num_attention_heads is None else num_attention_heads,
             "dropout": dropout,
             "attn_drop": attn_drop,
             "checkpoint_activations": checkpoint_activations,
@@ -376,7 +380,7 @@ class UViTBert(_TiTokGenerator):
         condition_num_classes: int = 1000,
         hidden_size: int = 1024,
         num_hidden_layers: int = 20,
-        num_attention_heads: int = 16,
+        num_attention_heads: int = _PUBLISHED_HEADS,
         intermediate_size: int = 4096,
         dropout: float = 0.0,
         attn_drop: float = 0.0,
@@ -422,16 +426,17 @@ class UViTBert(_TiTokGenerator):
         source: str | Path,
         *,
         key: str = "model",
-        num_attention_heads: int = 16,
+        num_attention_heads: int | None = None,
         dropout: float = 0.0,
         attn_drop: float = 0.0,
         checkpoint_activations: bool = False,
         dtype: torch.dtype | None = None,
     ) -> "UViTBert":
         """Open a published checkpoint of any size. Arguments and errors as `ImageBert.from_checkpoint`."""
-        state = read_checkpoint(source, key=key)
+        path = find_checkpoint(source, key=key)
+        state = read_checkpoint(path, key=key)
         options = {
-            "num_attention_heads": num_attention_heads,
+            "num_attention_heads": _published_heads(path) if num_attention_heads is None else num_attention_heads,
             "dropout": dropout,
             "attn_drop": attn_drop,
             "checkpoint_activations": checkpoint_activations,
@@ -461,6 +466,12 @@ class UViTBert(_TiTokGenerator):
             x = self._step(block, x, skips.pop())
             states.append(x)
         return self.norm(x), {tap: states[tap] for tap in taps}
+
+
+def _published_heads(path: Path) -> int:
+    """As config.json beside the checkpoint has them, in TiTok's section or SFTok's."""
+    heads: int = published_settings(path, "img_generator", "generator").get("num_attention_heads", _PUBLISHED_HEADS)
+    return heads
 
 
 def _bert_sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:

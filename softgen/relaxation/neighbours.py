@@ -16,6 +16,8 @@ from softgen.relaxation.streaming import DENSE_LIMIT, forbidden_score, score_til
 Distance = Literal["l2", "dot", "cosine"]
 
 _BLOCK = 4096
+_COPY = 1e-6
+"""A copy of a code is nearer to it, squared, than this share of its squared distance to the codebook's mean."""
 
 
 def check_neighbours(latents: Tensor, codebook: Tensor, *, two_tau_squared: float, distance: str) -> None:
@@ -162,7 +164,7 @@ def auto_two_tau_squared(
         distance: As in `neighbour_logits`.
         factor: 3 to 4 was best at small scale; the optimum is flat.
         own_codes: Where the latents are rows of the codebook, as only codes are stored: which ones, shape (N,) int64.
-            A latent's gap is then to the best of the other codes.
+            A latent's gap is then to the best of the other codes, for `l2` of those that are no copies of it.
 
     Returns:
         2 tau^2, above 0.
@@ -179,7 +181,10 @@ def auto_two_tau_squared(
             logits.scatter_(1, own_codes[block].unsqueeze(-1), -math.inf)
         if distance == "l2":
             centred = z.to(logits.dtype) - codebook.mean(dim=0, dtype=logits.dtype)
-            gaps.append(centred.square().sum(dim=-1) - logits.amax(dim=-1))
+            squares = centred.square().sum(dim=-1)
+            if own_codes is not None:
+                logits.masked_fill_(logits > squares.unsqueeze(-1) * (1 - _COPY), -math.inf)
+            gaps.append((squares - logits.amax(dim=-1)).nan_to_num(posinf=0.0))
         else:
             others = codebook.shape[0] - (own_codes is not None)
             best = logits.topk(min(10, others), dim=-1).values

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from softgen.categorical import UniformSource
+from softgen.masking import Schedule, mask_least_confident, masked_fraction
 from softgen.models.base import MaskedDiffusionModel
 from softgen.models.conditions import Condition
 from softgen.models.maskgen import MaskGen
@@ -25,6 +26,7 @@ class MaskGenSampler:
 
     Args:
         steps: S.
+        schedule: Tokens left masked over time.
         guidance: g, at least 0. Logits are c + w (c - u), with w after a share r = (s + 1) / S of the steps by:
         guidance_decay: `none`: g. `linear`: 1 + (g - 1) r. `cosine`: 1 + (g - 1)(1 - cos(pi r^power)) / 2.
             `flippedcosine`: 1 + (g - 1) cos(pi r^power) / 2.
@@ -36,6 +38,7 @@ class MaskGenSampler:
     """
 
     steps: int = 16
+    schedule: Schedule = "arccos"
     guidance: float = 12.0
     guidance_decay: GuidanceDecay = "cosine"
     guidance_power: float = 1.0
@@ -51,6 +54,7 @@ class MaskGenSampler:
             )
         if self.steps < 1:
             raise ValueError(f"steps: expected at least 1, got {self.steps}")
+        masked_fraction(self.schedule, torch.zeros(()))  # refuses a schedule that is unknown
         if not 0 < self.guidance_power < math.inf:
             raise ValueError(f"guidance_power: expected a finite number above 0, got {self.guidance_power}")
         for name in ("guidance", "randomize_temperature"):
@@ -98,10 +102,9 @@ class MaskGenSampler:
                 confidence = confidence + temperature * gumbel_noise(noise.uniform(model.num_sites))
             if step == self.steps - 1:
                 return drawn
-            kept = math.floor(model.num_sites * math.acos(progress) / (math.pi / 2))
-            count = max(1, min(int(masked[0].sum()) - 1, kept))
-            threshold = confidence.sort(dim=-1).values[:, count - 1 : count]
-            tokens = drawn.masked_fill(confidence <= threshold, model.mask_id)
+            share = masked_fraction(self.schedule, torch.tensor(progress, dtype=torch.float64))
+            kept = math.floor(model.num_sites * share)
+            tokens = mask_least_confident(drawn, confidence, masked, kept=kept, mask_id=model.mask_id)
         raise AssertionError
 
     def _guided(self, model: MaskGen, tokens: Tensor, condition: Condition, *, weight: float) -> Tensor:

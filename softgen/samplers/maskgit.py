@@ -57,6 +57,14 @@ class PublishedMaskGITSampler:
     confidence_noise: float = 4.5
     greedy: bool = False
 
+    def __post_init__(self) -> None:
+        if self.steps < 2:
+            raise ValueError(f"steps: expected at least 2, got {self.steps}")
+        masked_fraction(self.schedule, torch.zeros(()))  # refuses a schedule that is unknown
+        for name in ("guidance", "temperature", "confidence_noise"):
+            if not 0 <= (value := getattr(self, name)) < math.inf:
+                raise ValueError(f"{name}: expected a finite number of at least 0, got {value}")
+
     @torch.no_grad()
     def __call__(self, model: MaskedDiffusionModel, condition: Condition, noise: UniformSource) -> Tensor:
         """Sample tokens (B, N). Noise a step: N for the codes unless greedy, then N for the ranking.

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from softgen.categorical import UniformSource
 from softgen.guidance import check_guidance
+from softgen.masking import mask_least_confident
 from softgen.models.base import MaskedDiffusionModel
 from softgen.models.conditions import Condition
 from softgen.relaxation import gumbel_noise
@@ -80,9 +81,7 @@ class TiTokSampler:
             if step == self.steps - 1:
                 return drawn
             kept = math.floor(model.num_sites * math.acos(progress) / (math.pi / 2))
-            count = max(1, min(int(masked[0].sum()) - 1, kept))
-            threshold = confidence.sort(dim=-1).values[:, count - 1 : count]
-            tokens = drawn.masked_fill(confidence <= threshold, model.mask_id)
+            tokens = mask_least_confident(drawn, confidence, masked, kept=kept, mask_id=model.mask_id)
         raise AssertionError
 
     def _guided(self, model: MaskedDiffusionModel, embeddings: Tensor, condition: Condition, step: int) -> Tensor:

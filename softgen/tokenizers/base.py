@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from softgen.categorical import check_token_range
 from softgen.pretrained import Pretrained
 from softgen.relaxation import Distance, expected_embedding
 
@@ -62,7 +63,12 @@ class ImageTokenizer(Pretrained, ABC):
         return self.quantize(self.latents(images))
 
     def decode(self, tokens: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1] from codes (B, N)."""
+        """Images (B, 3, H, W) in [0, 1] from codes (B, N).
+
+        Raises:
+            ValueError: On the CPU, if a token is no code, such as a mask.
+        """
+        check_token_range(tokens, self.num_codes - 1)
         return self.decode_embeddings(self.codebook[tokens])
 
     def embed_soft(self, probs: Tensor) -> Tensor:

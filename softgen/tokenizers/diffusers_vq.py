@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from softgen.categorical import check_token_range
 from softgen.checkpoints import build, diffusers_names, find_checkpoint, read_checkpoint, settings_beside
 from softgen.tokenizers.base import ImageTokenizer
-from softgen.tokenizers.parts import CodeTable, as_weights, nearest_code, without_clash
+from softgen.tokenizers.parts import CodeTable, as_weights, grid_factor, nearest_code, without_clash
 
 _EPS = 1e-6
 
@@ -202,13 +201,14 @@ class DiffusersVQ(ImageTokenizer):
         out_channels: int = 3,
     ) -> None:
         super().__init__()
-        factor = 2 ** (len(block_out_channels) - 1)
-        if image_size < factor or image_size % factor:
-            raise ValueError(f"tokenizer.image_size: expected a multiple of {factor}, got {image_size}")
-        if norm_num_groups < 1:
-            raise ValueError(f"tokenizer.norm_num_groups: expected at least 1, got {norm_num_groups}")
-        if odd := [width for width in block_out_channels if width % norm_num_groups]:
-            raise ValueError(f"tokenizer.norm_num_groups: expected a divisor of {odd[0]}, got {norm_num_groups}")
+        counts = {
+            "norm_num_groups": norm_num_groups,
+            "num_vq_embeddings": num_vq_embeddings,
+            "layers_per_block": layers_per_block,
+        }
+        factor = grid_factor(
+            block_out_channels, key="block_out_channels", image_size=image_size, groups=norm_num_groups, **counts
+        )
         self.config = {
             "image_size": image_size,
             "block_out_channels": list(block_out_channels),
@@ -286,11 +286,6 @@ class DiffusersVQ(ImageTokenizer):
     def quantize(self, latents: Tensor) -> Tensor:
         """See the base class; the first of equals."""
         return nearest_code(latents, self.codebook)
-
-    def decode(self, tokens: Tensor) -> Tensor:
-        """See the base class."""
-        check_token_range(tokens, self.num_codes - 1)
-        return super().decode(tokens)
 
     def decode_grid(self, grid: Tensor) -> Tensor:
         """Decoder output, about [0, 1], of code vectors (B, D, h, w), before it is clamped."""

@@ -3,17 +3,26 @@
 Shape legend: B batch, N tokens, V codes, D code dimension, h and w of a grid.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from softgen.categorical import check_token_range
 from softgen.checkpoints import build, read_checkpoint
 from softgen.tokenizers.base import ImageTokenizer
-from softgen.tokenizers.parts import CodeTable, OutputShortcutBlock, as_weights, group_norm, nearest_code, without_clash
+from softgen.tokenizers.parts import (
+    CodeTable,
+    OutputShortcutBlock,
+    as_weights,
+    grid_factor,
+    group_norm,
+    nearest_code,
+    without_clash,
+)
 
 
 def _blocks(before: int, after: int, *, count: int) -> nn.ModuleList:
@@ -126,9 +135,10 @@ class MaskGITVQGAN(ImageTokenizer):
         num_channels: int = 3,
     ) -> None:
         super().__init__()
-        factor = 2 ** (len(channel_mult) - 1)
-        if image_size < factor or image_size % factor:
-            raise ValueError(f"tokenizer.image_size: expected a multiple of {factor}, got {image_size}")
+        widths = [hidden_channels * factor for factor in channel_mult]
+        grid_factor([hidden_channels], key="hidden_channels", image_size=image_size)
+        counts = {"codebook_size": codebook_size, "num_res_blocks": num_res_blocks, "z_channels": z_channels}
+        factor = grid_factor(widths, key="channel_mult", image_size=image_size, **counts)
         self.config = {
             "image_size": image_size,
             "codebook_size": codebook_size,
@@ -142,7 +152,6 @@ class MaskGITVQGAN(ImageTokenizer):
         self.grid = image_size // factor
         self.num_sites = self.grid**2
         self.distance = "l2"
-        widths = [hidden_channels * factor for factor in channel_mult]
         self.encoder = _Encoder(
             widths=widths,
             hidden=hidden_channels,
@@ -181,7 +190,8 @@ class MaskGITVQGAN(ImageTokenizer):
         """
         names = ("maskgit-vqgan-imagenet-f16-256.bin", "model.safetensors", "pytorch_model.bin")
         state = without_clash(read_checkpoint(source, key=key, names=names))
-        arguments = {**pixel_decoder_sizes(state, prefix="decoder."), "image_size": image_size}
+        hidden = state["encoder.conv_in.weight"].shape[0] if "encoder.conv_in.weight" in state else None
+        arguments = {**pixel_decoder_sizes(state, prefix="decoder.", hidden=hidden), "image_size": image_size}
         if "quantizer.embedding.weight" in state:
             arguments["codebook_size"] = state["quantizer.embedding.weight"].shape[0]
         return build(cls, arguments, state, key=key, dtype=dtype)
@@ -201,11 +211,6 @@ class MaskGITVQGAN(ImageTokenizer):
         """See the base class; by squared distance, the first of equals."""
         return nearest_code(latents, self.codebook)
 
-    def decode(self, tokens: Tensor) -> Tensor:
-        """See the base class."""
-        check_token_range(tokens, self.num_codes - 1)
-        return super().decode(tokens)
-
     def decode_raw(self, embeddings: Tensor) -> Tensor:
         """Decoder output before it is clamped to [0, 1]."""
         batch, _, dim = embeddings.shape
@@ -218,18 +223,37 @@ class MaskGITVQGAN(ImageTokenizer):
         return self.decode_raw(embeddings).clamp(0, 1)
 
 
-def check_pixel_decoder(arguments: Mapping[str, object]) -> None:
-    """Refuse arguments of a `PixelDecoder` that do not say how wide the codes are.
+def check_pixel_decoder(arguments: Mapping[str, Any], *, patch_size: int) -> None:
+    """Refuse arguments of a `PixelDecoder` that are not all there, or whose images would have another size.
+
+    Args:
+        arguments: Its constructor's.
+        patch_size: Pixels a side that a code vector stands for.
 
     Raises:
-        ValueError: Naming what is missing.
+        ValueError: Naming what is missing, or the levels.
     """
-    if "z_channels" not in arguments:
-        raise ValueError(f"tokenizer.pixel_decoder: expected z_channels, got {', '.join(arguments) or 'nothing'}")
+    needed = ("channel_mult", "hidden_channels", "num_res_blocks", "z_channels")
+    if missing := [name for name in needed if name not in arguments]:
+        raise ValueError(
+            f"tokenizer.pixel_decoder: expected {', '.join(missing)}, got {', '.join(arguments) or 'nothing'}"
+        )
+    if 2 ** (len(arguments["channel_mult"]) - 1) != patch_size:
+        raise ValueError(
+            f"tokenizer.pixel_decoder.channel_mult: expected levels that make {patch_size} pixels of the decoder's "
+            f"patch, each but the first twice as many, got {len(arguments['channel_mult'])} levels"
+        )
 
 
-def pixel_decoder_sizes(state: Mapping[str, Tensor], *, prefix: str) -> dict[str, object]:
-    """The arguments of a `PixelDecoder` that shapes tell; none where the checkpoint is another family's."""
+def pixel_decoder_sizes(state: Mapping[str, Tensor], *, prefix: str, hidden: int | None = None) -> dict[str, object]:
+    """The arguments of a `PixelDecoder` that shapes tell; none where the checkpoint is another family's.
+
+    Args:
+        state: The checkpoint's tensors.
+        prefix: Of the decoder's names.
+        hidden: The width that the levels' widths are multiples of. A decoder alone does not tell it, nor need it: by
+            default their largest common divisor.
+    """
     if f"{prefix}up.0.block.0.conv1.weight" not in state or f"{prefix}conv_in.weight" not in state:
         return {}
     widths: list[int] = []
@@ -238,9 +262,12 @@ def pixel_decoder_sizes(state: Mapping[str, Tensor], *, prefix: str) -> dict[str
     blocks = 0
     while f"{prefix}up.0.block.{blocks}.conv1.weight" in state:
         blocks += 1
+    unit = math.gcd(*widths)
+    if hidden is not None and unit % hidden == 0:
+        unit = hidden
     return {
-        "channel_mult": [width // widths[0] for width in widths],
-        "hidden_channels": widths[0],
+        "channel_mult": [width // unit for width in widths],
+        "hidden_channels": unit,
         "num_res_blocks": blocks,
         "z_channels": state[f"{prefix}conv_in.weight"].shape[1],
         "num_channels": state[f"{prefix}conv_out.weight"].shape[0],

@@ -3,7 +3,7 @@
 Shape legend: B batch, V codes, D code dimension, h and w of a grid.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from softgen.relaxation import DENSE_LIMIT, full_precision, widen
 
 NORM_GROUPS = 32
+_TEXT = ("text_length", "text_width")  # of a decoder that looks at the text
 
 
 def as_weights(values: Tensor, module: nn.Module) -> Tensor:
@@ -62,7 +63,10 @@ class CodeTable(nn.Module):
 
 
 def nearest_code(latents: Tensor, codebook: Tensor) -> Tensor:
-    """Nearest rows of a codebook (V, D) to latents (..., D) by squared distance, the first of equals; (...) int64."""
+    """Nearest rows of a codebook (V, D) to latents (..., D) by squared distance; (...) int64.
+
+    Of equals the first, as far as float32's rounding leaves them equal: copies of a code may round apart.
+    """
     with full_precision(latents):
         codes = widen(codebook)
         squares = codes.square().sum(dim=-1)
@@ -89,6 +93,33 @@ def without_clash(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
+def grid_factor(widths: Sequence[int], *, key: str, image_size: int, groups: int = NORM_GROUPS, **counts: int) -> int:
+    """How many pixels a side a cell of a convolutional tokenizer's grid has: each level but the first halves the side.
+
+    Args:
+        widths: Channels of the levels.
+        key: The argument that makes them, for error messages.
+        image_size: Pixels a side.
+        groups: Of the group norms.
+        counts: What must be at least 1, such as the number of codes.
+
+    Raises:
+        ValueError: Naming the argument that does not fit.
+    """
+    if not widths:
+        raise ValueError(f"tokenizer.{key}: expected at least one level, got none")
+    for name, value in counts.items():
+        if value < 1:
+            raise ValueError(f"tokenizer.{name}: expected at least 1, got {value}")
+    for width in widths:
+        if width < 1 or width % groups:
+            raise ValueError(f"tokenizer.{key}: expected levels of a multiple of {groups} channels, got {width}")
+    factor: int = 2 ** (len(widths) - 1)
+    if image_size < factor or image_size % factor:
+        raise ValueError(f"tokenizer.image_size: expected a multiple of {factor}, got {image_size}")
+    return factor
+
+
 def check_vit_sizes(sizes: Mapping[str, Mapping[str, int]], *, image_size: int, **counts: int) -> None:
     """Refuse transformers, by their part of the tokenizer, whose `heads` or `patch_size` do not fit.
 
@@ -101,6 +132,9 @@ def check_vit_sizes(sizes: Mapping[str, Mapping[str, int]], *, image_size: int, 
         ValueError: Naming the part, or the count.
     """
     names = ("width", "depth", "heads", "patch_size")
+    for part, values in sizes.items():
+        if unknown := next((name for name in values if name not in (*names, *_TEXT)), None):
+            raise ValueError(f"tokenizer.{part}: expected {', '.join(names)}, got {unknown}")
     of_parts = {f"{part}.{name}": values[name] for part, values in sizes.items() for name in names}
     for name, value in {"image_size": image_size, **counts, **of_parts}.items():
         if value < 1:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from softgen.categorical import UniformSource, check_token_range
-from softgen.checkpoints import build, find_checkpoint, read_checkpoint, settings_beside
+from softgen.categorical import UniformSource
+from softgen.checkpoints import build, find_checkpoint, published_settings, read_checkpoint
 from softgen.pretrained import from_config, to_config
 from softgen.relaxation import expected_embedding, probabilities, widen
 from softgen.tokenizers.base import ImageTokenizer
@@ -60,6 +60,7 @@ class SFTok(ImageTokenizer):
             over all latents of the batch, as in training; an image's codes then depend on the images beside it.
         steps: Of the decoder, in 1..P.
         temperature: T: Gumbel noise on proxies and on confidence is scaled by T (1 - r), r the share of steps done.
+        anneal: Divide the decoder's logits by 0.5 + 0.8 (1 - r), at the last step too.
         noise_seed: Of the noise.
 
     Raises:
@@ -82,6 +83,7 @@ class SFTok(ImageTokenizer):
         eval: Assignment = "nearest",
         steps: int = _STEPS,
         temperature: float = _TEMPERATURE,
+        anneal: bool = False,
         noise_seed: int = 0,
     ) -> None:
         super().__init__()
@@ -111,11 +113,13 @@ class SFTok(ImageTokenizer):
             "eval": eval,
             "steps": steps,
             "temperature": temperature,
+            "anneal": anneal,
             "noise_seed": noise_seed,
         }
         self.image_size, self.num_codes, self.code_dim = image_size, codebook_size, token_size
         self.num_sites, self.use_l2_norm, self.distance = num_latent_tokens, use_l2_norm, "l2"
         self.assignment, self.steps, self.temperature, self.noise_seed = eval, steps, temperature, noise_seed
+        self.anneal = anneal
         common = {"image_size": image_size, "latent_tokens": num_latent_tokens, "token_size": token_size}
         width = sizes["encoder"]["width"]
         self.latent_tokens = free_parameter(num_latent_tokens, width, width=width)
@@ -129,7 +133,7 @@ class SFTok(ImageTokenizer):
             self.pixel_quantize.embedding.weight = nn.Parameter(pixel_decoder.codebook.clone())
             self.pixel_decoder: nn.Module = copy.deepcopy(pixel_decoder.decoder)
         elif pixel_decoder is not None:
-            check_pixel_decoder(pixel_decoder)
+            check_pixel_decoder(pixel_decoder, patch_size=sizes["decoder"]["patch_size"])
             self.pixel_quantize = CodeTable(proxy_codebook_size, pixel_decoder["z_channels"])
             self.pixel_decoder = PixelDecoder(**pixel_decoder)
 
@@ -139,13 +143,14 @@ class SFTok(ImageTokenizer):
         source: str | Path,
         *,
         key: str = "tokenizer",
-        use_l2_norm: bool = True,
-        is_legacy: bool = True,
+        use_l2_norm: bool | None = None,
+        is_legacy: bool | None = None,
         encoder_heads: int | None = None,
         decoder_heads: int | None = None,
         eval: Assignment = "nearest",
         steps: int | None = None,
         temperature: float | None = None,
+        anneal: bool | None = None,
         dtype: torch.dtype | None = None,
     ) -> "SFTok":
         """Open a published checkpoint of any size and stage.
@@ -153,13 +158,14 @@ class SFTok(ImageTokenizer):
         Args:
             source: A file, or a folder or hub id that holds `model.safetensors`.
             key: The config key that named it, for error messages.
-            use_l2_norm: Shapes do not tell it; True in the published ones.
+            use_l2_norm: Shapes do not tell it; by default what config.json beside the checkpoint says, else True.
             is_legacy: As `use_l2_norm`.
             encoder_heads: Shapes do not tell them; by default the published 64 channels a head.
             decoder_heads: As `encoder_heads`.
             eval: See the class.
             steps: Of the decoder; by default what config.json beside the checkpoint says, else the published 8.
             temperature: As `steps`; the published one is 1.
+            anneal: As `steps`; the published ones do not.
             dtype: Of the weights; None keeps the checkpoint's.
 
         Raises:
@@ -169,14 +175,16 @@ class SFTok(ImageTokenizer):
         state = without_clash(read_checkpoint(path, key=key))
         if _LEGACY in state:
             state["decoder.learnable_embedding_positional_embedding"] = state.pop(_LEGACY)
-        arguments = _sizes(state, encoder_heads=encoder_heads, decoder_heads=decoder_heads)
-        told = _sampler_settings(settings_beside(path))
+        arguments = _sizes(state, encoder_heads=encoder_heads, decoder_heads=decoder_heads, key=key)
+        codes = published_settings(path, "vq_model")
+        told = published_settings(path, "decoder", "generator")  # in either of them
         arguments |= {
-            "use_l2_norm": use_l2_norm,
-            "is_legacy": is_legacy,
+            "use_l2_norm": codes.get("use_l2_norm", True) if use_l2_norm is None else use_l2_norm,
+            "is_legacy": codes.get("is_legacy", True) if is_legacy is None else is_legacy,
             "eval": eval,
             "steps": told.get("num_steps", _STEPS) if steps is None else steps,
             "temperature": told.get("randomize_temperature", _TEMPERATURE) if temperature is None else temperature,
+            "anneal": told.get("softmax_temperature_annealing", False) if anneal is None else anneal,
         }
         return build(cls, arguments, state, key=key, dropped=("quantizer.index_offset",), dtype=dtype)
 
@@ -250,11 +258,6 @@ class SFTok(ImageTokenizer):
             if (got := getattr(proxies, name)) != value:
                 raise ValueError(f"{key}.{name}: expected {value} as the tokenizer's proxies have, got {got}")
 
-    def decode(self, tokens: Tensor) -> Tensor:
-        """See the base class."""
-        check_token_range(tokens, self.num_codes - 1)
-        return super().decode(tokens)
-
     def refine(
         self,
         embeddings: Tensor,
@@ -262,6 +265,7 @@ class SFTok(ImageTokenizer):
         *,
         steps: int | None = None,
         temperature: float | None = None,
+        anneal: bool | None = None,
     ) -> Refined:
         """Predict the proxies of code vectors in several steps; see `SFTokDecoder.refine`.
 
@@ -270,11 +274,13 @@ class SFTok(ImageTokenizer):
             noise: By default the same for every image, from `noise_seed`.
             steps: By default the tokenizer's.
             temperature: By default the tokenizer's.
+            anneal: By default the tokenizer's.
 
         Raises:
             ValueError: If steps or temperature are out of range, or the code vectors have another shape.
         """
-        return deque(self.predictions(embeddings, noise, steps=steps, temperature=temperature), maxlen=1).pop()
+        steps_of = self.predictions(embeddings, noise, steps=steps, temperature=temperature, anneal=anneal)
+        return deque(steps_of, maxlen=1).pop()
 
     def predictions(
         self,
@@ -283,6 +289,7 @@ class SFTok(ImageTokenizer):
         *,
         steps: int | None = None,
         temperature: float | None = None,
+        anneal: bool | None = None,
     ) -> Iterator[Refined]:
         """What each step of `refine` predicts of all proxies; arguments and errors as there."""
         if embeddings.shape[1:] != (self.num_sites, self.code_dim):
@@ -293,6 +300,7 @@ class SFTok(ImageTokenizer):
             _SameForAll(self.noise_seed, like=embeddings) if noise is None else noise,
             steps=self.steps if steps is None else steps,
             temperature=self.temperature if temperature is None else temperature,
+            anneal=self.anneal if anneal is None else anneal,
         )
 
     def pixels(self, proxy_logits: Tensor) -> Tensor:
@@ -348,18 +356,9 @@ class _SameForAll:
         return draws.expand(len(self._like), *shape)
 
 
-def _sampler_settings(settings: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What a published config.json says of the decoder's steps, in either of the sections that hold it."""
-    model = settings.get("model")
-    sections = model if isinstance(model, Mapping) else {}
-    found: dict[str, Any] = {}
-    for name in ("decoder", "generator"):
-        if isinstance(sections.get(name), Mapping):
-            found |= sections[name]
-    return found
-
-
-def _sizes(state: Mapping[str, Tensor], *, encoder_heads: int | None, decoder_heads: int | None) -> dict[str, Any]:
+def _sizes(
+    state: Mapping[str, Tensor], *, encoder_heads: int | None, decoder_heads: int | None, key: str
+) -> dict[str, Any]:
     """The constructor's arguments that shapes tell; the defaults where the checkpoint is another family's."""
     positions = "decoder.learnable_embedding_positional_embedding"
     needed = ("encoder.patch_embed.weight", "encoder.positional_embedding", positions, "decoder.ffn.2.weight")
@@ -367,7 +366,7 @@ def _sizes(state: Mapping[str, Tensor], *, encoder_heads: int | None, decoder_he
         return {}
     groups, codes, dim = state["quantizer.embedding"].shape
     if groups != 1:
-        raise ValueError(f"tokenizer.num_group: expected 1 as in every published SFTok, got {groups}")
+        raise ValueError(f"{key}.num_group: expected 1 as in every published SFTok, got {groups}")
     patch = state["encoder.patch_embed.weight"].shape[-1]
     image_size = patch * math.isqrt(state["encoder.positional_embedding"].shape[0] - 1)
     decoder_patch = image_size // math.isqrt(state[positions].shape[0] - 1)

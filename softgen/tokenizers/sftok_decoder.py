@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from softgen.categorical import UniformSource
+from softgen.masking import mask_least_confident
 from softgen.relaxation import expected_embedding, gumbel_noise, widen
 from softgen.tokenizers.titok import ViTBlock, free_parameter
 
@@ -109,7 +110,9 @@ class SFTokDecoder(nn.Module):
         """One step: logits (B, P, V), float32, from proxy codes (B, P), V where masked, and latents (B, L, D)."""
         return widen(self(self.embed(tokens), z))
 
-    def refine(self, z: Tensor, noise: UniformSource, *, steps: int, temperature: float) -> Refined:
+    def refine(
+        self, z: Tensor, noise: UniformSource, *, steps: int, temperature: float, anneal: bool = False
+    ) -> Refined:
         """Predict the proxies of latents (B, L, D) in several steps.
 
         Only the last step is differentiated: proxies chosen before it are inputs. Noise a step: (P, V) for the proxies,
@@ -120,34 +123,41 @@ class SFTokDecoder(nn.Module):
             noise: Uniform draws.
             steps: In 1..P.
             temperature: T, at least 0: Gumbel noise is scaled by T (1 - r), r the share of steps done.
+            anneal: Divide the logits by 0.5 + 0.8 (1 - r).
 
         Raises:
             ValueError: If steps or temperature are out of range.
         """
-        return deque(self.predictions(z, noise, steps=steps, temperature=temperature), maxlen=1).pop()
+        return deque(self.predictions(z, noise, steps=steps, temperature=temperature, anneal=anneal), maxlen=1).pop()
 
-    def predictions(self, z: Tensor, noise: UniformSource, *, steps: int, temperature: float) -> Iterator[Refined]:
+    def predictions(
+        self, z: Tensor, noise: UniformSource, *, steps: int, temperature: float, anneal: bool = False
+    ) -> Iterator[Refined]:
         """What each step of `refine` predicts, of all proxies; arguments and errors as there.
 
         Proxies that an earlier step has settled are tokens as they were settled; the logits are those of the step.
         """
         self.check_steps(steps, temperature)
-        return self._predictions(z, noise, steps, temperature)
+        return self._predictions(z, noise, steps, temperature, anneal=anneal)
 
-    def _predictions(self, z: Tensor, noise: UniformSource, steps: int, temperature: float) -> Iterator[Refined]:
+    def _predictions(
+        self, z: Tensor, noise: UniformSource, steps: int, temperature: float, *, anneal: bool
+    ) -> Iterator[Refined]:
         tokens = torch.full((len(z), self.num_proxies), self.mask_id, device=z.device)
         for step in range(steps - 1):
             with torch.no_grad():
                 progress = (step + 1) / steps
                 logits = self.proxy_logits(tokens, z)
+                if anneal:
+                    logits = logits / (0.5 + 0.8 * (1 - progress))
                 drawn, confidence = _draw(logits, tokens, noise, temperature * (1 - progress))
-                masked = int((tokens[:1] == self.mask_id).sum())
                 kept = math.floor(self.num_proxies * math.acos(progress) / (math.pi / 2))
-                count = max(1, min(masked - 1, kept))
-                threshold = confidence.sort(dim=-1).values[:, count - 1 : count]
-                tokens = drawn.masked_fill(confidence <= threshold, self.mask_id)
+                masked = tokens == self.mask_id
+                tokens = mask_least_confident(drawn, confidence, masked, kept=kept, mask_id=self.mask_id)
             yield Refined(tokens=drawn, logits=logits)
         logits = self.proxy_logits(tokens, z)
+        if anneal:
+            logits = logits / 0.5
         yield Refined(tokens=_draw(logits.detach(), tokens, noise, 0.0)[0], logits=logits)
 
     def check_steps(self, steps: int, temperature: float, *, key: str = "") -> None:
@@ -210,17 +220,19 @@ def self_forced_input(
         replace_prob: In [0, 1]. 1 in the paper; 0 is the vanilla strategy, which shows true proxies.
         schedule: The share of masks from t in [0, 1): acos(t) 2/pi to the `power`; linear 1 - t; quadratic
             (1 - t)^power; cubic (1 - t)^3; exponential exp(-power t); cosine (1 + cos(pi t)) / 2.
-        power: Of the schedule.
-        min_ratio: The share where the schedule is at 0.
-        max_ratio: The share where it is at 1.
+        power: Of the schedule, at least 0.
+        min_ratio: The share where the schedule is at 0; no fewer proxies are masked, rounded down.
+        max_ratio: The share where it is at 1; no more are masked, rounded down.
 
     Raises:
         ValueError: If the schedule is unknown or a number out of range.
     """
-    check_self_forcing(replace_prob=replace_prob, schedule=schedule, min_ratio=min_ratio, max_ratio=max_ratio)
+    check_self_forcing(
+        replace_prob=replace_prob, schedule=schedule, power=power, min_ratio=min_ratio, max_ratio=max_ratio
+    )
     proxies = guided.shape[1]
     ratio = min_ratio + (max_ratio - min_ratio) * _SCHEDULES[schedule](noise.uniform(), power)
-    counts = (proxies * ratio).round().long().clamp(0, proxies)
+    counts = (proxies * ratio).round().long().clamp(int(proxies * min_ratio), int(proxies * max_ratio))
     # The published masks: the permutation itself is compared, where `exact_mask` takes its inverse.
     masked = noise.uniform(proxies).argsort(dim=-1) < counts.unsqueeze(-1)
     shown = guided if truth is None else torch.where(noise.uniform(proxies) < replace_prob, guided, truth)
@@ -228,7 +240,7 @@ def self_forced_input(
 
 
 def check_self_forcing(
-    *, replace_prob: float, schedule: str, min_ratio: float, max_ratio: float, key: str = ""
+    *, replace_prob: float, schedule: str, power: float, min_ratio: float, max_ratio: float, key: str = ""
 ) -> None:
     """Refuse settings of `self_forced_input` that are out of range.
 
@@ -239,6 +251,8 @@ def check_self_forcing(
         raise ValueError(f"{key}replace_prob: expected a number in [0, 1], got {replace_prob}")
     if schedule not in _SCHEDULES:
         raise ValueError(f"{key}schedule: expected one of {', '.join(get_args(MaskSchedule))}, got {schedule!r}")
+    if not 0 <= power < math.inf:
+        raise ValueError(f"{key}power: expected a finite number of at least 0, got {power}")
     if not 0 <= min_ratio <= max_ratio <= 1:
         raise ValueError(f"{key}min_ratio: expected 0 <= min_ratio <= max_ratio <= 1, got {min_ratio} and {max_ratio}")
 

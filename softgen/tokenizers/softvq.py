@@ -162,7 +162,7 @@ class SoftVQ(ContinuousTokenizer):
         check_vit_sizes(
             sizes, image_size=image_size, num_latents=num_latents, codebook_size=codebook_size, latent_dim=latent_dim
         )
-        if groups < 1 or num_latents % groups:
+        if quantization == "soft" and (groups < 1 or num_latents % groups):
             raise ValueError(f"tokenizer.groups: expected a divisor of the {num_latents} tokens, got {groups}")
         if not 0 <= layer_scale < math.inf:
             raise ValueError(f"tokenizer.layer_scale: expected a finite number of at least 0, got {layer_scale}")

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from softgen.categorical import check_token_range
 from softgen.checkpoints import build, read_checkpoint
 from softgen.tokenizers.base import ImageTokenizer
-from softgen.tokenizers.parts import CodeTable, as_weights, group_norm, nearest_code, without_clash
+from softgen.tokenizers.parts import CodeTable, as_weights, grid_factor, group_norm, nearest_code, without_clash
 
 _RESOLUTION = 256  # that levels are named by
 
@@ -222,9 +221,9 @@ class TamingVQGAN(ImageTokenizer):
         resamp_with_conv: bool = True,
     ) -> None:
         super().__init__()
-        factor = 2 ** (len(ch_mult) - 1)
-        if image_size < factor or image_size % factor:
-            raise ValueError(f"tokenizer.image_size: expected a multiple of {factor}, got {image_size}")
+        grid_factor([ch], key="ch", image_size=image_size)
+        counts = {"n_embed": n_embed, "embed_dim": embed_dim, "num_res_blocks": num_res_blocks}
+        factor = grid_factor([ch * multiple for multiple in ch_mult], key="ch_mult", image_size=image_size, **counts)
         self.config = {
             "image_size": image_size,
             "n_embed": n_embed,
@@ -310,11 +309,6 @@ class TamingVQGAN(ImageTokenizer):
     def quantize(self, latents: Tensor) -> Tensor:
         """See the base class; the first of equals."""
         return nearest_code(latents, self.codebook)
-
-    def decode(self, tokens: Tensor) -> Tensor:
-        """See the base class."""
-        check_token_range(tokens, self.num_codes - 1)
-        return super().decode(tokens)
 
     def decode_raw(self, embeddings: Tensor) -> Tensor:
         """Decoder output, about [-1, 1], before it is brought to [0, 1] and clamped."""

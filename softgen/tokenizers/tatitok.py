@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from softgen.checkpoints import build, read_checkpoint
+from softgen.checkpoints import build, find_checkpoint, read_checkpoint
+from softgen.models.conditions import check_prompts
 from softgen.models.pretrained_text import openai_clip_text
 from softgen.models.text import TextEncoder
 from softgen.tokenizers.parts import without_clash
-from softgen.tokenizers.titok import TiTok, titok_sizes
+from softgen.tokenizers.titok import UNUSED, TiTok, published_norm, titok_sizes
 
 if TYPE_CHECKING:
     from softgen.models.conditions import Asked
@@ -110,7 +111,7 @@ class TATiTok(TiTok):
         Args:
             source: A file, or a folder or hub id that holds `model.safetensors`.
             key: The config key that named it, for error messages.
-            use_l2_norm: Shapes do not tell it; False in the published ones.
+            use_l2_norm: Shapes do not tell it; by default what config.json beside the checkpoint says, else False.
             encoder_heads: Shapes do not tell them; by default the published 64 channels a head.
             decoder_heads: As `encoder_heads`.
             dtype: Of the weights; None keeps the checkpoint's.
@@ -120,12 +121,12 @@ class TATiTok(TiTok):
         Raises:
             ValueError: If the file is missing or of another family.
         """
-        state = without_clash(read_checkpoint(source, key=key))
+        path = find_checkpoint(source, key=key)
+        state = without_clash(read_checkpoint(path, key=key))
         arguments = titok_sizes(state, encoder_heads=encoder_heads, decoder_heads=decoder_heads)
         for name in ("is_legacy", "pixel_decoder", "proxy_codebook_size"):
             arguments.pop(name, None)
-        if use_l2_norm is not None:
-            arguments["use_l2_norm"] = use_l2_norm
+        arguments |= published_norm(path, use_l2_norm=use_l2_norm)
         positions = state.get("decoder.text_guidance_positional_embedding")
         projection = state.get("decoder.text_guidance_proj.weight")
         if positions is not None and projection is not None:
@@ -138,18 +139,19 @@ class TATiTok(TiTok):
             elif isinstance(text_encoder, str):
                 text_encoder = openai_clip_text(text_encoder, layer=-1)
             arguments["text_encoder"] = text_encoder
-        return build(cls, arguments, state, key=key, dropped=("quantizer.embed_prob",), dtype=dtype)
+        return build(cls, arguments, state, key=key, dropped=(UNUSED,), dtype=dtype)
 
     def under(self, asked: "Asked") -> "TATiTok":
         """The tokenizer as it decodes for B prompts; it shares the weights.
 
         Raises:
-            ValueError: Labels, or a tokenizer without a text encoder.
+            ValueError: Labels, a single text or none, or a tokenizer without a text encoder.
         """
         if isinstance(asked, Tensor):
             raise ValueError("tokenizer: expected prompts, since its decoder looks at the text, got class labels")
         if self.text is None:
             raise ValueError("tokenizer: expected one with a text encoder, got one whose decoder takes encoded prompts")
+        check_prompts(asked, key="tokenizer")
         with torch.no_grad():
             return self.under_states(self.text(asked).states)
 

@@ -15,12 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from softgen.categorical import check_token_range
-from softgen.checkpoints import build, read_checkpoint
+from softgen.checkpoints import build, find_checkpoint, published_settings, read_checkpoint
 from softgen.relaxation import expected_embedding, probabilities, widen
 from softgen.tokenizers.base import ImageTokenizer
 from softgen.tokenizers.maskgit_vqgan import PixelDecoder, check_pixel_decoder, pixel_decoder_sizes
 from softgen.tokenizers.parts import CodeTable, as_weights, check_vit_sizes, nearest_code, without_clash
+
+UNUSED = "quantizer.embed_prob"
+"""A buffer of the authors' quantiser, which a checkpoint may hold."""
 
 
 class _Attention(nn.MultiheadAttention):
@@ -266,7 +268,7 @@ class TiTok(ImageTokenizer):
         if pixel_decoder is not None:
             if not is_legacy:
                 raise ValueError("tokenizer.pixel_decoder: expected none in a single-stage model, got one")
-            check_pixel_decoder(pixel_decoder)
+            check_pixel_decoder(pixel_decoder, patch_size=sizes["decoder"]["patch_size"])
             self.pixel_quantize = CodeTable(proxy_codebook_size, pixel_decoder["z_channels"])
             self.pixel_decoder = PixelDecoder(**pixel_decoder)
 
@@ -286,7 +288,8 @@ class TiTok(ImageTokenizer):
         Args:
             source: A file, or a folder or hub id that holds `model.safetensors`.
             key: The config key that named it, for error messages.
-            use_l2_norm: Shapes do not tell it; by default what is published: in two-stage models alone.
+            use_l2_norm: Shapes do not tell it; by default what config.json beside the checkpoint says, else what is
+                published: in two-stage models alone.
             encoder_heads: Shapes do not tell them; by default the published 64 channels a head.
             decoder_heads: As `encoder_heads`.
             dtype: Of the weights; None keeps the checkpoint's.
@@ -294,11 +297,11 @@ class TiTok(ImageTokenizer):
         Raises:
             ValueError: If the file is missing or of another family.
         """
-        state = without_clash(read_checkpoint(source, key=key))
+        path = find_checkpoint(source, key=key)
+        state = without_clash(read_checkpoint(path, key=key))
         arguments = titok_sizes(state, encoder_heads=encoder_heads, decoder_heads=decoder_heads)
-        if use_l2_norm is not None:
-            arguments["use_l2_norm"] = use_l2_norm
-        return build(cls, arguments, state, key=key, dtype=dtype)
+        arguments |= published_norm(path, use_l2_norm=use_l2_norm)
+        return build(cls, arguments, state, key=key, dropped=(UNUSED,), dtype=dtype)
 
     @property
     def codebook(self) -> Tensor:
@@ -330,11 +333,6 @@ class TiTok(ImageTokenizer):
     def embed_soft(self, probs: Tensor) -> Tensor:
         """The rows of the table are averaged as they are, then normalised where `use_l2_norm`: the published order."""
         return self._normalised(expected_embedding(probs, self.quantizer.embedding.weight))
-
-    def decode(self, tokens: Tensor) -> Tensor:
-        """See the base class."""
-        check_token_range(tokens, self.num_codes - 1)
-        return super().decode(tokens)
 
     def proxy_logits(self, embeddings: Tensor) -> Tensor:
         """Two-stage models: logits over the codes of MaskGIT's VQGAN, (B, V, h, w), from code vectors (B, L, D)."""
@@ -387,6 +385,12 @@ def titok_sizes(state: Mapping[str, Tensor], *, encoder_heads: int | None, decod
         "pixel_decoder": pixels,
         "proxy_codebook_size": state["decoder.ffn.2.weight"].shape[0] if two_stage else 1024,
     }
+
+
+def published_norm(path: Path, *, use_l2_norm: bool | None) -> dict[str, bool]:
+    """The constructor's `use_l2_norm` as it is given, or as config.json beside the checkpoint has it, or nothing."""
+    given = published_settings(path, "vq_model").get("use_l2_norm") if use_l2_norm is None else use_l2_norm
+    return {} if given is None else {"use_l2_norm": given}
 
 
 def vit_sizes(state: Mapping[str, Tensor], prefix: str, *, heads: int | None, patch_size: int) -> dict[str, int]:

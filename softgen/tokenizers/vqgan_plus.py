@@ -11,15 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from softgen.categorical import check_token_range
 from softgen.checkpoints import build, read_checkpoint
 from softgen.relaxation import expected_embedding, widen
 from softgen.tokenizers.base import ImageTokenizer
 from softgen.tokenizers.parts import (
-    NORM_GROUPS,
     CodeTable,
     OutputShortcutBlock,
     as_weights,
+    grid_factor,
     group_norm,
     nearest_code,
     without_clash,
@@ -146,17 +145,10 @@ class ConvAutoencoder(ImageTokenizer):
         legacy_decoder: bool,
     ) -> None:
         super().__init__()
-        if not channel_mult:
-            raise ValueError("tokenizer.channel_mult: expected at least one level, got none")
-        factor = 2 ** (len(channel_mult) - 1)
-        if image_size < factor or image_size % factor:
-            raise ValueError(f"tokenizer.image_size: expected a multiple of {factor}, got {image_size}")
         widths = [hidden_channels * multiple for multiple in channel_mult]
-        for width in (hidden_channels, *widths):
-            if width < 1 or width % NORM_GROUPS:
-                raise ValueError(
-                    f"tokenizer.hidden_channels: expected levels of a multiple of {NORM_GROUPS}, got {width}"
-                )
+        grid_factor([hidden_channels], key="hidden_channels", image_size=image_size)
+        counts = {"token_size": token_size, "num_res_blocks": num_res_blocks}
+        factor = grid_factor(widths, key="channel_mult", image_size=image_size, **counts)
         self.config = {
             "image_size": image_size,
             "hidden_channels": hidden_channels,
@@ -180,15 +172,6 @@ class ConvAutoencoder(ImageTokenizer):
         self.check_images(images)
         encoded: Tensor = self.encoder(as_weights(images, self.encoder))
         return encoded.flatten(2).transpose(1, 2)
-
-    def decode(self, tokens: Tensor) -> Tensor:
-        """See the base class.
-
-        Raises:
-            ValueError: If a token is no code, such as a mask.
-        """
-        check_token_range(tokens, self.num_codes - 1)
-        return super().decode(tokens)
 
     def decode_raw(self, embeddings: Tensor) -> Tensor:
         """Decoder output, about [0, 1], before it is clamped."""
@@ -247,6 +230,8 @@ class VQGANPlusTokenizer(ConvAutoencoder):
             "token_size": token_size,
             "use_l2_normalisation": use_l2_normalisation,
         }
+        if codebook_size < 1:
+            raise ValueError(f"tokenizer.codebook_size: expected at least 1, got {codebook_size}")
         self.num_sites, self.num_codes, self.code_dim = self.grid**2, codebook_size, token_size
         self.unit = use_l2_normalisation
         self.quantizer = CodeTable(codebook_size, token_size)
@@ -295,8 +280,8 @@ class VQGANPlusTokenizer(ConvAutoencoder):
         return nearest_code(latents, self.codebook)
 
     def embed_soft(self, probs: Tensor) -> Tensor:
-        """See the base class; unit codes are averaged, then normalised."""
-        soft = expected_embedding(probs, self.codebook)
+        """See the base class; with `use_l2_normalisation`, codes are averaged as they are stored, then normalised."""
+        soft = expected_embedding(probs, self.quantizer.embedding.weight)
         return F.normalize(soft, dim=-1) if self.unit else soft
 
 

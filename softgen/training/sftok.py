@@ -82,7 +82,12 @@ class SFTokTraining(CodeStage):
         if phase not in get_args(Phase):
             raise ValueError(f"model.phase: expected one of {', '.join(get_args(Phase))}, got {phase!r}")
         check_self_forcing(
-            replace_prob=replace_prob, schedule=mask_schedule, min_ratio=min_ratio, max_ratio=max_ratio, key="model."
+            replace_prob=replace_prob,
+            schedule=mask_schedule,
+            power=mask_power,
+            min_ratio=min_ratio,
+            max_ratio=max_ratio,
+            key="model.",
         )
         for name, value in (("quantizer_weight", quantizer_weight), ("commitment_weight", commitment_weight)):
             if not value >= 0:

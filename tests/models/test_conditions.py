@@ -1,6 +1,7 @@
+import pytest
 import torch
 
-from softgen.models import ClassCondition, MaskedTransformer
+from softgen.models import ClassCondition, MaskedTransformer, WordTextEncoder
 
 
 def test_of_labels_nothing_is_dropped() -> None:
@@ -10,6 +11,23 @@ def test_of_labels_nothing_is_dropped() -> None:
     assert condition.dropped.tolist() == [False, False]
     model = MaskedTransformer(num_codes=2, num_sites=1, num_classes=4, width=2, depth=1, heads=1)
     assert isinstance(model.encode(torch.tensor([3, 1])), ClassCondition)
+
+
+@pytest.mark.parametrize("labels", [torch.tensor([1.7]), torch.tensor(2), torch.tensor([[1]])])
+def test_labels_are_a_row_of_integers(labels: torch.Tensor) -> None:
+    model = MaskedTransformer(num_codes=2, num_sites=1, num_classes=4, width=2, depth=1, heads=1)
+    with pytest.raises(ValueError, match=r"^labels: expected labels \(B,\) of an integer type, got torch"):
+        model.encode(labels)
+
+
+def test_prompts_are_a_list_of_texts() -> None:
+    words = WordTextEncoder(num_words=4, width=2, depth=1, heads=1, length=3, vocabulary=["red"])
+    model = MaskedTransformer(num_codes=2, num_sites=1, width=2, depth=1, heads=1, text_encoder=words)
+    assert len(model.encode(["red", "red"])) == 2
+    with pytest.raises(ValueError, match=r"^conditions: expected a list of prompts, got the text 'a red cat'$"):
+        model.encode("a red cat")
+    with pytest.raises(ValueError, match=r"^conditions: expected at least one prompt, got none$"):
+        model.encode([])
 
 
 def test_dropping_all_or_some_leaves_the_original() -> None:

@@ -166,6 +166,8 @@ def test_dropout_is_off_unless_asked_for() -> None:
     noisy = build(dropout=0.5).train()
     assert not torch.equal(noisy(x, condition), noisy(x, condition))
     assert torch.equal(noisy.eval()(x, condition), noisy(x, condition))
+    attentions = [module for module in noisy.modules() if isinstance(module, nn.MultiheadAttention)]
+    assert [attention.dropout for attention in attentions] == [0.5] * noisy.num_layers
 
 
 def test_checkpointed_activations_give_the_same_gradients() -> None:

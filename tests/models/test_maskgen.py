@@ -1,9 +1,12 @@
 """MaskGen on tiny random weights."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
@@ -57,6 +60,18 @@ def test_the_score_comes_in_where_the_model_takes_one() -> None:
     assert torch.equal(without.predict(x, of, aesthetic_score=6.5).logits, without(x, of))
     angles = torch.tensor([200.0, 200 * 1000**-0.5])
     torch.testing.assert_close(score_sinusoid(torch.tensor([2.0]), 4)[0], torch.cat([angles.sin(), angles.cos()]))
+
+
+def test_what_shapes_do_not_tell_comes_from_the_config_beside_a_checkpoint(tmp_path: Path) -> None:
+    model = build(aesthetic_score=6.5)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"^model.decoder_num_heads: expected a divisor of the width 8, got 16$"):
+        MaskGen.from_checkpoint(tmp_path, condition_num_classes=1)
+    told = {"decoder_num_heads": 2, "sample_aesthetic_score": 6.5}
+    (tmp_path / "config.json").write_text(json.dumps({"model": {"maskgen": told}}))
+    assert MaskGen.from_checkpoint(tmp_path, condition_num_classes=1).config == model.config
+    asked = MaskGen.from_checkpoint(tmp_path, condition_num_classes=1, decoder_num_heads=4, aesthetic_score=5.0)
+    assert (asked.config["decoder_num_heads"], asked.aesthetic_score) == (4, 5.0)
 
 
 def test_every_weight_gets_a_gradient_recomputed_or_not() -> None:

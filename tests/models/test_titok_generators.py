@@ -1,5 +1,6 @@
 """ImageBert, UViTBert and their sampler on tiny random weights."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,9 @@ def test_sizes_come_from_the_checkpoint(cls: type[Any], tmp_path: Path) -> None:
     assert opened.config == model.config
     tokens, condition = inputs()
     assert torch.equal(opened(opened.embed(tokens), condition), model(model.embed(tokens), condition))
+    for section in ("generator", "img_generator"):
+        (tmp_path / "config.json").write_text(json.dumps({"model": {section: {"num_attention_heads": 2}}}))
+        assert cls.from_checkpoint(tmp_path).config == model.config
     with pytest.raises(ValueError, match=r"^model.num_attention_heads: expected a divisor of the width 8, got 3$"):
         cls.from_checkpoint(tmp_path, num_attention_heads=3)
     other = UViTBert if cls is ImageBert else ImageBert

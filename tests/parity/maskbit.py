@@ -106,7 +106,7 @@ def _tokenizer(fixture: Fixture, tokenizer: MaskBitTokenizer | VQGANPlusTokenize
     tokens = tokenizer.quantize(latents)
     assert torch.equal(tokenizer.encode(fixture["in.images"]), tokens)
     ids = tokenizer.combine(tokens) if isinstance(tokenizer, MaskBitTokenizer) else tokens
-    yield "out.z_pre_quant", as_grid(latents)
+    yield "out.z_pre_quant", as_grid(tokenizer.encode_raw(fixture["in.images"]))
     yield "out.quant", as_grid(tokenizer.codebook[tokens])
     yield "out.encode_ids", ids.view(batch, side, side)
     yield "out.decode_from_encode", tokenizer.decode_raw(tokenizer.codebook[split(ids)])

@@ -96,6 +96,7 @@ def _refined(fixture: Fixture, tokenizer: SFTok, codes: Tensor) -> Iterator[tupl
             _stored(fixture, name) if f"in.{name}.noise.000" in fixture.io else None,
             steps=options["num_sample_steps"],
             temperature=options["randomize_temperature"],
+            anneal=options.get("softmax_temperature_annealing", False),
         )
         yield f"out.{name}_ids", refined.tokens
         yield f"out.{name}_logits", refined.logits

@@ -124,6 +124,18 @@ def test_auto_from_codes_alone_looks_at_the_other_codes() -> None:
     assert similar == pytest.approx(2 * (27 - 9))
 
 
+def test_auto_from_codes_alone_passes_over_copies() -> None:
+    codebook = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 3.0], [9.0, 9.0]]).repeat(2, 1)
+    tokens = torch.tensor([0, 1, 2, 2, 2])
+    got = auto_two_tau_squared(codebook[tokens], codebook, factor=2.0, own_codes=tokens)
+    assert got == pytest.approx(2 * 9.0)  # as without the copies
+
+
+def test_auto_of_codes_that_are_all_copies_is_positive() -> None:
+    codebook = torch.ones(4, 2)
+    assert 0 < auto_two_tau_squared(codebook, codebook, own_codes=torch.arange(4)) < 1e-3
+
+
 def test_auto_of_many_codes_goes_block_by_block() -> None:
     z, codebook = torch.randn(50, 3), torch.randn(200_000, 3)
     nearest = torch.cdist(z.double(), codebook.double()).square().amin(-1)

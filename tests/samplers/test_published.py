@@ -45,7 +45,7 @@ def test_every_family_has_its_published_settings() -> None:
         published_sampler(native)
 
 
-def test_the_command_samples_as_published(tmp_path: Path) -> None:
+def test_the_command_samples_as_published(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = MaskGIT(img_size=64, codebook_size=5, **SMALL)  # type: ignore[arg-type]
     tokenizer = TamingVQGAN(
         image_size=64, n_embed=5, embed_dim=4, ch=32, ch_mult=[1, 1, 1, 1, 1], num_res_blocks=1, z_channels=4
@@ -53,3 +53,9 @@ def test_the_command_samples_as_published(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "model", tokenizer=tokenizer)
     sample([f"--model={tmp_path / 'model'}", f"--out={tmp_path / 'out'}", "--n=3", "--sampler=published"])
     assert (tmp_path / "out" / "grid.png").is_file()
+    for option in ("--steps=3", "--schedule=root", "--guidance=2", "--temperature=0.5"):
+        with pytest.raises(SystemExit):
+            sample([f"--model={tmp_path / 'model'}", f"--out={tmp_path / 'other'}", "--sampler=published", option])
+        name = option.removeprefix("--").partition("=")[0]
+        assert f"{name}: expected none with sampler published, which has settings" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()

@@ -1,5 +1,6 @@
 """The published samplers of Meissonic and MaskGen."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +10,8 @@ import torch
 from softgen.categorical import StoredNoise
 from softgen.models import MaskGen, Meissonic, TextCondition
 from softgen.random import SampleRandom
-from softgen.samplers import MaskGenSampler, MeissonicSampler, published_sampler
+from softgen.samplers import MaskGenSampler, MeissonicSampler, PublishedMaskGITSampler, published_sampler
+from softgen.sampling import MaskGITSampler
 from softgen.testing import ToyMaskedModel
 
 B, N, K = 2, 4, 6
@@ -73,6 +75,24 @@ def test_masked_counts_are_the_published_ones() -> None:
     assert sampler.masked_after(3, 1, num_sites=4) == 1
 
 
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [("arccos", [3, 2, 1]), ("root", [2, 1, 1])],
+)
+def test_masks_that_a_schedule_leaves(schedule: Any, expected: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, masks = maskgen(), []
+    predict = model.predict
+
+    def watched(embeddings: torch.Tensor, *args: Any, **options: Any) -> Any:
+        of_mask = model.embed(torch.tensor([[K]]))
+        masks.append((embeddings == of_mask).all(-1).sum(-1).tolist())
+        return predict(embeddings, *args, **options)
+
+    monkeypatch.setattr(model, "predict", watched)
+    MaskGenSampler(steps=4, schedule=schedule, guidance=0.0, guidance_decay="none")(model, condition(), noise())
+    assert masks == [[count] * B for count in (N, *expected)]
+
+
 @pytest.mark.parametrize("family", ["meissonic", "maskgen"])
 def test_samples_are_those_of_their_noise(family: str) -> None:
     model: Any = meissonic() if family == "meissonic" else maskgen()
@@ -121,6 +141,13 @@ def test_the_model_is_told_how_many_steps_are_left(monkeypatch: pytest.MonkeyPat
         (MeissonicSampler, {"schedule": "arccos"}, "schedule: expected cosine or linear, got 'arccos'"),
         (MeissonicSampler, {"confidence_noise": (1.0,)}, "confidence_noise: expected two numbers of at least 0, got"),
         (MaskGenSampler, {"steps": 0}, "steps: expected at least 1, got 0"),
+        (MaskGenSampler, {"schedule": "x"}, "schedule: expected one of linear, square, cosine, arccos, root, got 'x'"),
+        (PublishedMaskGITSampler, {"steps": 1}, "steps: expected at least 2, got 1"),
+        (PublishedMaskGITSampler, {"schedule": "x"}, "schedule: expected one of linear, square, cosine, arccos, root"),
+        (PublishedMaskGITSampler, {"temperature": math.nan}, "temperature: expected a finite number of at least 0"),
+        (PublishedMaskGITSampler, {"confidence_noise": -3.0}, "confidence_noise: expected a finite number of at least"),
+        (PublishedMaskGITSampler, {"guidance": -1.0}, "guidance: expected a finite number of at least 0, got -1.0"),
+        (MaskGITSampler, {"confidence_noise": math.nan}, "confidence_noise: expected a finite number of at least 0"),
         (MaskGenSampler, {"guidance": -1.0}, "guidance: expected a finite number of at least 0, got -1.0"),
         (MaskGenSampler, {"guidance_power": 0.0}, "guidance_power: expected a finite number above 0, got 0.0"),
         (

@@ -230,7 +230,7 @@ def test_checkpoints_of_the_other_quantiser_are_refused(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"image_size": 18}, "tokenizer.image_size: expected a multiple of 4, got 18"),
-        ({"hidden_channels": 48}, "tokenizer.hidden_channels: expected levels of a multiple of 32, got 48"),
+        ({"hidden_channels": 48}, "tokenizer.hidden_channels: expected levels of a multiple of 32 channels, got 48"),
         ({"channel_mult": []}, "tokenizer.channel_mult: expected at least one level, got none"),
     ],
 )
@@ -263,6 +263,9 @@ def test_vqgan_plus(unit: bool, tmp_path: Path) -> None:
     assert torch.equal(tokenizer.quantize(spread), nearest)
     assert torch.equal(tokenizer.decode(tokens), tokenizer.decode_embeddings(tokenizer.codebook[tokens]))
     torch.testing.assert_close(tokenizer.embed_soft(F.one_hot(tokens, 11).float()), tokenizer.codebook[tokens])
+    probs = torch.rand(B, L, 11).softmax(-1)
+    mean = probs @ tokenizer.codebook_weight()
+    torch.testing.assert_close(tokenizer.embed_soft(probs), F.normalize(mean, dim=-1) if unit else mean)
 
     state = {name.replace("quantizer.", "quantize."): value for name, value in tokenizer.state_dict().items()}
     options = {"image_size": 16, "use_l2_normalisation": unit}

@@ -128,6 +128,18 @@ def test_as_many_steps_as_proxies_fix_one_after_another() -> None:
     assert refined.logits.shape == (2, 16, 7)
 
 
+def test_annealing_divides_the_logits_at_every_step() -> None:
+    tokenizer = build(steps=2, temperature=0.0)
+    latents = torch.randn(2, 5, 4)
+    plain, annealed = (list(tokenizer.predictions(latents, anneal=anneal)) for anneal in (False, True))
+    torch.testing.assert_close(annealed[0].logits, plain[0].logits / 0.9)
+    given = annealed[0].tokens
+    assert torch.equal(given, plain[0].tokens)  # without noise the likeliest stay the likeliest
+    torch.testing.assert_close(
+        build(anneal=True, steps=1).refine(latents).logits * 0.5, build(steps=1).refine(latents).logits
+    )
+
+
 def test_the_decoder_is_shown_its_own_predictions() -> None:
     guided, truth = torch.zeros(3, 1000, dtype=torch.long), torch.ones(3, 1000, dtype=torch.long)
     shares = torch.tensor([0.0, math.cos(math.pi / 8), 1.0])
@@ -145,6 +157,7 @@ def test_the_decoder_is_shown_its_own_predictions() -> None:
     assert abs(half.float().mean() - 0.5) < 0.08
     assert (shown(min_ratio=0.25, max_ratio=0.75) == 7).sum(-1).tolist() == [750, 375, 250]
     assert (shown(power=1.5) == 7).sum(-1).tolist() == [1000, 125, 0]
+    assert (shown(min_ratio=0.2504, max_ratio=0.7506) == 7).sum(-1)[[0, 2]].tolist() == [750, 250]
 
 
 @pytest.mark.parametrize(
@@ -168,12 +181,14 @@ def test_visible_proxies_weigh_a_tenth() -> None:
 
 
 def test_sizes_and_steps_come_from_the_checkpoint(tmp_path: Path) -> None:
-    tokenizer = build(steps=3, temperature=0.5)
+    tokenizer = build(steps=3, temperature=0.5, anneal=True, use_l2_norm=False, is_legacy=False)
     state = published(tokenizer)
     state["decoder.embedding_positional_embedding"] = state.pop("decoder.learnable_embedding_positional_embedding")
     save_file(state, tmp_path / "model.safetensors")
-    sampler = {"num_steps": 3, "randomize_temperature": 0.5}
-    (tmp_path / "config.json").write_text(json.dumps({"model": {"decoder": sampler, "generator": None}}))
+    sampler = {"num_steps": 3, "randomize_temperature": 0.5, "softmax_temperature_annealing": True}
+    codes = {"use_l2_norm": False, "is_legacy": False}
+    sections = {"vq_model": codes, "decoder": sampler, "generator": None}
+    (tmp_path / "config.json").write_text(json.dumps({"model": sections}))
     opened = SFTok.from_checkpoint(tmp_path, encoder_heads=2, decoder_heads=2)
     assert opened.config == tokenizer.config
     tokens = torch.randint(9, (2, 5))
@@ -304,6 +319,11 @@ def test_a_step_of_training_leaves_a_mark() -> None:
     [
         ({"image_size": 18}, "tokenizer.image_size: expected a multiple of the encoder's patch, 4, got 18"),
         ({"decoder": {**VIT, "heads": 3}}, "tokenizer.decoder.heads: expected a divisor of 16, got 3"),
+        (
+            {"pixel_decoder": {**PIXELS, "channel_mult": [1]}},
+            "tokenizer.pixel_decoder.channel_mult: expected levels that make 4 pixels of the decoder's patch, each but "
+            "the first twice as many, got 1 levels",
+        ),
         ({"steps": 0}, "tokenizer.steps: expected 1 to 16, the number of proxies, got 0"),
         ({"steps": 17}, "tokenizer.steps: expected 1 to 16, the number of proxies, got 17"),
         ({"temperature": -1.0}, "tokenizer.temperature: expected a finite number of at least 0, got -1.0"),
@@ -322,6 +342,8 @@ def test_arguments_that_do_not_fit(changes: dict[str, Any], message: str) -> Non
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"power": -1.0}, "power: expected a finite number of at least 0, got -1.0"),
+        ({"power": math.nan}, "power: expected a finite number of at least 0, got nan"),
         ({"replace_prob": 1.5}, "replace_prob: expected a number in [0, 1], got 1.5"),
         ({"min_ratio": 0.5, "max_ratio": 0.2}, "min_ratio: expected 0 <= min_ratio <= max_ratio <= 1, got 0.5 and 0.2"),
     ],

@@ -120,7 +120,7 @@ def test_prompts_are_read_by_the_text_encoder(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"image_size": 17}, "tokenizer.image_size: expected a multiple of 2, got 17"),
-        ({"norm_num_groups": 8}, "tokenizer.norm_num_groups: expected a divisor of 12, got 8"),
+        ({"norm_num_groups": 8}, "tokenizer.block_out_channels: expected levels of a multiple of 8 channels, got 12"),
     ],
 )
 def test_sizes_that_do_not_fit(changes: dict[str, Any], message: str) -> None:

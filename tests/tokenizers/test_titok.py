@@ -1,5 +1,6 @@
 """TiTok and MaskGIT's VQGAN on tiny random weights."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,31 @@ def test_sizes_come_from_the_checkpoint(kind: str, tmp_path: Path) -> None:
     assert torch.equal(again.decode(again.encode(images)), tokenizer.decode(tokenizer.encode(images)))
 
 
+@pytest.mark.parametrize("multiples", [[2, 2], [2, 3], [2, 1], [3, 2]])
+def test_levels_of_any_widths_come_from_the_checkpoint(multiples: list[int], tmp_path: Path) -> None:
+    vqgan = MaskGITVQGAN(**{**VQGAN, "channel_mult": multiples})
+    save_file(published(vqgan), tmp_path / "model.safetensors")
+    assert MaskGITVQGAN.from_checkpoint(tmp_path, image_size=16).config == vqgan.config
+    halves = {"decoder": {**VIT, "patch_size": 2}, "pixel_decoder": {**PIXELS, "channel_mult": multiples}}
+    titok = TiTok(**{**TWO_STAGE, **halves}).eval()
+    save_file(published(titok), tmp_path / "model.safetensors")
+    opened = TiTok.from_checkpoint(tmp_path, encoder_heads=2, decoder_heads=2)
+    tokens = torch.randint(9, (1, 5))
+    assert torch.equal(opened.decode(tokens), titok.decode(tokens))
+
+
+@pytest.mark.parametrize("kind", ["two-stage", "single-stage"])
+def test_the_config_beside_a_checkpoint_says_whether_codes_are_normalised(kind: str, tmp_path: Path) -> None:
+    state = published(build(kind))
+    save_file({**state, "quantize.embed_prob": torch.zeros(9)}, tmp_path / "model.safetensors")
+    usual = kind == "two-stage"
+    heads = {"encoder_heads": 2, "decoder_heads": 2}
+    assert TiTok.from_checkpoint(tmp_path, **heads).use_l2_norm == usual
+    (tmp_path / "config.json").write_text(json.dumps({"model": {"vq_model": {"use_l2_norm": not usual}}}))
+    assert TiTok.from_checkpoint(tmp_path, **heads).use_l2_norm != usual
+    assert TiTok.from_checkpoint(tmp_path, **heads, use_l2_norm=usual).use_l2_norm == usual
+
+
 def test_a_stage_1_checkpoint_encodes_and_says_what_it_lacks(tmp_path: Path) -> None:
     state = {name: value for name, value in published(build("two-stage")).items() if not name.startswith("pixel_")}
     save_file(state, tmp_path / "model.safetensors")
@@ -112,12 +138,38 @@ def test_a_stage_1_checkpoint_encodes_and_says_what_it_lacks(tmp_path: Path) -> 
     [
         ({"image_size": 18}, "tokenizer.image_size: expected a multiple of the encoder's patch, 4, got 18"),
         ({"encoder": {**VIT, "heads": 3}}, "tokenizer.encoder.heads: expected a divisor of 16, got 3"),
+        ({"encoder": {**VIT, "dept": 1}}, "tokenizer.encoder: expected width, depth, heads, patch_size, got dept"),
+        (
+            {"pixel_decoder": {"z_channels": 6}},
+            "tokenizer.pixel_decoder: expected channel_mult, hidden_channels, num_res_blocks, got z_channels",
+        ),
+        (
+            {"pixel_decoder": {**PIXELS, "channel_mult": [1, 1]}},
+            "tokenizer.pixel_decoder.channel_mult: expected levels that make 4 pixels of the decoder's patch, each but "
+            "the first twice as many, got 2 levels",
+        ),
         ({"is_legacy": False}, "tokenizer.pixel_decoder: expected none in a single-stage model, got one"),
     ],
 )
 def test_sizes_that_do_not_fit(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=r"^tokenizer") as caught:
         TiTok(**{**TWO_STAGE, **changes})
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"channel_mult": []}, "tokenizer.channel_mult: expected at least one level, got none"),
+        ({"hidden_channels": 48}, "tokenizer.hidden_channels: expected levels of a multiple of 32 channels, got 48"),
+        ({"channel_mult": [1, 0]}, "tokenizer.channel_mult: expected levels of a multiple of 32 channels, got 0"),
+        ({"codebook_size": 0}, "tokenizer.codebook_size: expected at least 1, got 0"),
+        ({"num_res_blocks": 0}, "tokenizer.num_res_blocks: expected at least 1, got 0"),
+    ],
+)
+def test_sizes_of_the_vqgan_that_do_not_fit(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=r"^tokenizer") as caught:
+        MaskGITVQGAN(**{**VQGAN, **changes})
     assert str(caught.value) == message
 
 
