@@ -27,7 +27,7 @@ from softgen.pretrained import Pretrained
 from softgen.relaxation import decoding_gap, probabilities, sharpness
 from softgen.tokenizers.base import ImageTokenizer
 from softgen.training.optimization import OptimizerConfig, ParameterGroup, hidden_matrices
-from softgen.training.stage import Stage, check_conditions, check_images
+from softgen.training.stage import Stage, check_conditions
 
 _GAP_GROWTH = 1.5
 
@@ -238,7 +238,7 @@ class SoftDiMO(Stage):
             if not data.has_images:
                 raise ValueError(f"data: expected real images or tokens, since {objective.name} needs them, got none")
             assert self.tokenizer_beside is not None, "objectives that need images need a tokenizer"
-            check_images(data, self.tokenizer_beside)
+            self.check_images(data, self.tokenizer_beside)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One on-policy pass of the student, then every objective on it."""

@@ -133,7 +133,7 @@ class FlowSampler:
         return x
 
     def _velocity(self, model: VelocityModel, x: Tensor, time: float, condition: Condition) -> Tensor:
-        t = torch.full((len(x),), time, device=x.device)
+        t = torch.full((len(x),), time, dtype=torch.float32, device=x.device)
         low, high = self.guidance_interval
         if self.guidance == 1 or not low <= time <= high:
             return model(x, t, condition)

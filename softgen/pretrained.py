@@ -262,9 +262,23 @@ def _swap(scratch: Path, target: Path) -> None:
     shutil.rmtree(old)
 
 
+def _is_plain(value: object) -> bool:
+    if isinstance(value, Mapping):
+        return all(isinstance(name, str) and _is_plain(part) for name, part in value.items())
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
 def fingerprint(module: nn.Module) -> str:
-    """A short hash of the names, shapes and values of a module's parameters and buffers."""
+    """A short hash of the names, shapes and values of a module's parameters and buffers.
+
+    And of the settings of one of ours that are plain values: how many tokens an image has is in no weight.
+    """
     digest = hashlib.blake2b(digest_size=8)
+    if isinstance(module, Pretrained):
+        plain = {name: value for name, value in module.config.items() if _is_plain(value)}
+        digest.update(json.dumps(plain, sort_keys=True).encode())
     for name, value in sorted(module.state_dict().items()):
         digest.update(f"{name}{tuple(value.shape)}".encode())
         digest.update(value.detach().to("cpu").contiguous().flatten().view(torch.uint8).numpy())

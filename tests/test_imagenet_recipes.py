@@ -168,6 +168,11 @@ def _fit(path: Path) -> StageCLI:
     return main([f"--config={small}", "--trainer.accelerator=cpu", "--threads=1"])
 
 
+def _weights(generator: OneStepGenerator) -> str:
+    """A hash of the weights alone."""
+    return fingerprint(nn.ModuleList([generator.model]))
+
+
 def _check_stage(cli: StageCLI, run_dir: Path, *, begun: str) -> None:
     stage = cli.model
     assert isinstance(stage, SoftDiMO)
@@ -177,7 +182,7 @@ def _check_stage(cli: StageCLI, run_dir: Path, *, begun: str) -> None:
     assert all(torch.isfinite(loss) for loss in stage.latest_losses.values())
     assert "train/dimo" in cli.trainer.logged_metrics
     left = load_generator(run_dir / "model")
-    assert fingerprint(left) != begun
+    assert _weights(left) != begun
     assert load_tokenizer(run_dir / "model").num_sites == left.model.num_sites
     teacher = load_model(run_dir.parent / "teacher")
     for kept, original in zip(left.model.embedding_parameters(), teacher.embedding_parameters(), strict=True):
@@ -195,10 +200,10 @@ def test_the_stages_run_one_after_the_other(family: str, tmp_path: Path, monkeyp
 
     _convert(dimo, FAMILIES[family]())
     first = _fit(dimo)
-    _check_stage(first, runs / "1_dimo", begun=fingerprint(OneStepGenerator(load_model(runs / "teacher"))))
+    _check_stage(first, runs / "1_dimo", begun=_weights(OneStepGenerator(load_model(runs / "teacher"))))
 
     _encode(gan)
-    begun = fingerprint(load_generator(runs / "1_dimo" / "model"))
+    begun = _weights(load_generator(runs / "1_dimo" / "model"))
     second = _fit(gan)
     _check_stage(second, runs / "2_gan", begun=begun)
     assert isinstance(second.model, SoftDiMO)

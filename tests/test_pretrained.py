@@ -11,6 +11,7 @@ from softgen.loading import check_compatible, load_generator, load_model, load_t
 from softgen.models import MaskedTransformer, OneStepGenerator
 from softgen.pretrained import Pretrained, check_keys, fingerprint
 from softgen.testing import ToyMaskedModel, ToyTokenizer
+from softgen.tokenizers import ConvVQTokenizer
 
 K, N = 3, 4
 
@@ -183,6 +184,13 @@ def test_the_fingerprint_sees_every_value_and_nothing_else() -> None:
     with torch.no_grad():
         other.head.bias[0] += 1e-6
     assert fingerprint(one) != fingerprint(other)
+
+
+def test_the_fingerprint_sees_settings_that_no_weight_shows() -> None:
+    small, large = (ConvVQTokenizer(image_size=size, num_codes=4, channels=[2, 2]) for size in (8, 16))
+    large.load_state_dict(small.state_dict())
+    assert fingerprint(small) != fingerprint(large)
+    assert fingerprint(nn.ModuleList([small])) == fingerprint(nn.ModuleList([large]))  # the weights alone
 
 
 class Derived(Pretrained):

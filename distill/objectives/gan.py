@@ -129,7 +129,7 @@ class GAN(Objective):
         r2: The same on fake embeddings.
         penalty_noise: sigma of both.
         critic_only_steps: Steps at the start in which only critics learn.
-        optimizer: Settings of the heads.
+        optimizer: Settings of the heads, which Adam trains alone.
         weight: w_gan, or `auto`: the gradient at the logits is held at `weight_ratio` times that of the first
             objective.
         weight_ratio: For `auto`, above 0.
@@ -176,6 +176,8 @@ class GAN(Objective):
             raise ValueError(f"GAN.penalty_noise: expected a number above 0, got {penalty_noise}")
         relaxation.check(key="GAN.relaxation")
         optimizer.check(key="GAN.optimizer")
+        if optimizer.muon_lr is not None:
+            raise ValueError(f"GAN.optimizer.muon_lr: expected none, got {optimizer.muon_lr}")
         self.taps = None if taps is None else list(taps)
         self.head = head
         self.head_width = head_width

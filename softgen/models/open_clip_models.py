@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -77,9 +78,14 @@ class OpenCLIP(Pretrained):
 
     @property
     def logit_scale(self) -> Tensor:
-        """What cosines are multiplied by in the loss, at most 100."""
-        scale: Tensor = self.model.logit_scale.clamp(max=_MAX_LOG_SCALE).exp()
+        """What cosines are multiplied by in the loss."""
+        scale: Tensor = self.model.logit_scale.exp()
         return scale
+
+    @torch.no_grad()
+    def limit_logit_scale(self) -> None:
+        """Bring it back to 100 where a step has taken it above."""
+        self.model.logit_scale.clamp_(max=_MAX_LOG_SCALE)
 
     def write_weights(self, folder: Path) -> None:
         """Write open_clip's own files."""

@@ -269,5 +269,5 @@ def proxy_loss(logits: Tensor, target: Tensor, masked: Tensor | None = None, *, 
     losses = F.cross_entropy(widen(logits).transpose(1, 2), target, reduction="none")
     if masked is None:
         return losses.mean()
-    weights = torch.where(masked, 1.0, visible_weight)
+    weights = torch.full_like(losses, visible_weight).masked_fill(masked, 1.0)
     return (losses * weights).sum() / (weights.sum() + 1e-8)

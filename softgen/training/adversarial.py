@@ -44,10 +44,10 @@ class Adversarial:
         augment_probability: Of each kind, in [0, 1].
         cutout: Side of the square that is cut out, in [0, 1].
         consistency: Weight of the squared difference to the verdicts under stronger augmentation (always applied, a
-            square of half the side; arXiv 2002.04724); at least 0.
+            square of half the side with `cutout`; arXiv 2002.04724); at least 0, which it has to be without `augment`.
         lecam: Weight of LeCAM's regularisation (arXiv 2104.03310), at least 0.
         lecam_decay: Of its moving averages, in [0, 1).
-        optimizer: Settings of the discriminator.
+        optimizer: Settings of the discriminator, which Adam trains alone.
     """
 
     weight: float | Literal["auto"] = 0.2
@@ -90,7 +90,11 @@ class Adversarial:
                 raise ValueError(f"{key}.{name}: expected a number in [0, 1], got {getattr(self, name)}")
         if not 0 <= self.lecam_decay < 1:
             raise ValueError(f"{key}.lecam_decay: expected a number in [0, 1), got {self.lecam_decay}")
+        if self.consistency and not self.augment:
+            raise ValueError(f"{key}.consistency: expected 0 where nothing is augmented, got {self.consistency}")
         self.optimizer.check(key=f"{key}.optimizer")
+        if self.optimizer.muon_lr is not None:
+            raise ValueError(f"{key}.optimizer.muon_lr: expected none, got {self.optimizer.muon_lr}")
 
 
 class PatchDiscriminator(nn.Module):

@@ -9,6 +9,7 @@ from torch import Tensor
 from softgen.data.base import Batch, ImageDataModule
 from softgen.models.open_clip_models import OpenCLIP
 from softgen.pretrained import Pretrained
+from softgen.relaxation import full_precision
 from softgen.training.optimization import OptimizerConfig
 from softgen.training.stage import Stage
 
@@ -61,14 +62,18 @@ class CLIPTraining(Stage):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss of one batch."""
+        self.model.limit_logit_scale()
         images, texts = self.model.encode_images(batch["image"]), self.model.encode_prompts(batch["prompt"])
         scale = self.model.logit_scale
-        loss = self._loss(images, texts, scale)
+        with full_precision(images):  # a hundred times what half precision would round off
+            loss = self._loss(images, texts, scale)
         return self.report(batch, {"clip": loss}, {"logit_scale": scale.detach()})
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Retrieval within the batch, both ways."""
-        similarity = self.model.encode_images(batch["image"]) @ self.model.encode_prompts(batch["prompt"]).T
+        images, texts = self.model.encode_images(batch["image"]), self.model.encode_prompts(batch["prompt"])
+        with full_precision(images):
+            similarity = images @ texts.T
         ids = {prompt: index for index, prompt in enumerate(batch["prompt"])}
         same = torch.tensor([ids[prompt] for prompt in batch["prompt"]], device=similarity.device)
         to_text, to_image = similarity.argmax(dim=1), similarity.argmax(dim=0)

@@ -27,7 +27,7 @@ class OptimizerConfig:
         eps: Added to Adam's denominator.
         warmup_steps: Steps of linear warm-up from 0.
         decay: How the rate falls from the end of the warm-up to the last step.
-        final_factor: Rate at the last step as a share of `lr`, for linear and cosine decay.
+        final_factor: Rate right after the last step as a share of `lr`, for linear and cosine decay.
         muon_lr: Peak learning rate of `softgen.training.muon.Muon`, which then trains the matrices between a model's
             embeddings and its output layer, in steps that are orthogonal matrices; Adam trains the rest. 0.02 suits
             small models. None for Adam alone.

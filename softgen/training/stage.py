@@ -249,24 +249,23 @@ class Stage(LightningModule, ABC):
                     f"model.{name}: expected the {name} that the checkpoint was trained with ({expected}), got {got}"
                 )
 
+    def check_images(self, data: ImageDataModule, tokenizer: ImageTokenizer) -> None:
+        """Raise ValueError unless the data has images of the size of the stage's tokenizer, or tokens that it made."""
+        if not data.has_images:
+            raise ValueError("data: expected images or tokens, got labels alone")
+        if not isinstance(data, TokenCache):
+            check_image_size(data, tokenizer)
+        elif data.tokenizer_fingerprint != (wanted := self._fingerprint("tokenizer", tokenizer)):
+            raise ValueError(
+                f"data.root: expected tokens of the tokenizer {wanted}, "
+                f"got tokens of {data.tokenizer_fingerprint} in {data.root}"
+            )
+
     def _fingerprint(self, name: str, module: nn.Module) -> str:
         """Taken once, since it reads every weight."""
         if name not in self._fingerprints:
             self._fingerprints[name] = fingerprint(module)
         return self._fingerprints[name]
-
-
-def check_images(data: ImageDataModule, tokenizer: ImageTokenizer) -> None:
-    """Raise ValueError unless the data has images of the tokenizer's size, or tokens that it made."""
-    if not data.has_images:
-        raise ValueError("data: expected images or tokens, got labels alone")
-    if not isinstance(data, TokenCache):
-        check_image_size(data, tokenizer)
-    elif data.tokenizer_fingerprint != fingerprint(tokenizer):
-        raise ValueError(
-            f"data.root: expected tokens of the tokenizer {fingerprint(tokenizer)}, "
-            f"got tokens of {data.tokenizer_fingerprint} in {data.root}"
-        )
 
 
 def check_image_size(data: ImageDataModule, tokenizer: ImageTokenizer | ContinuousTokenizer) -> None:

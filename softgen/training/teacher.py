@@ -26,7 +26,7 @@ from softgen.relaxation import DENSE_LIMIT, Distance, Impl, NeighbourTable, auto
 from softgen.sampling import AutoregressiveSampler, MaskGITSampler
 from softgen.tokenizers.base import ImageTokenizer
 from softgen.training.optimization import OptimizerConfig
-from softgen.training.stage import Stage, check_conditions, check_images
+from softgen.training.stage import Stage, check_conditions
 from softgen.training.targets import CodeTarget, HardTarget, NeighbourTarget, TableTarget, Target, check_target
 
 VectorStart = Literal["random", "codebook", "whitened_codebook"]
@@ -60,7 +60,8 @@ class TeacherTraining(Stage):
         snce_distance: Distance of the neighbour distribution; by default the tokenizer's.
         neighbour_table: File of a `softgen.relaxation.NeighbourTable`, or the table itself: SNCE then takes z = v_r and
             the table's q, 2 tau^2 and distance, at the cost of hard targets.
-        weighting: `uniform` over masked sites, or `elbo`: 1/t (SNCE, eq. 15).
+        weighting: `uniform` over masked sites, or `elbo`: 1/t, for which the ratio t is uniform (SNCE, eq. 15; needs
+            the law `linear`).
         mask_law: Of the mask ratio t.
         embedding_init: How a native model's token embeddings start: `random`; `codebook`, a random projection of the
             tokenizer's code vectors, which large codebooks need; or `whitened_codebook`, that of the whitened vectors.
@@ -104,6 +105,8 @@ class TeacherTraining(Stage):
                 raise ValueError(f"model.{name}: expected a number in [0, 1], got {share}")
         if weighting not in ("uniform", "elbo"):
             raise ValueError(f"model.weighting: expected uniform or elbo, got {weighting!r}")
+        if weighting == "elbo" and mask_law != "linear":
+            raise ValueError(f"model.mask_law: expected linear with weighting elbo, got {mask_law}")
         draw_mask_ratio(mask_law, torch.zeros(1), key="model.mask_law")
         opened = load_tokenizer(tokenizer, key="model.tokenizer") if isinstance(tokenizer, str) else tokenizer
         model.check(key="model.model")
@@ -163,7 +166,7 @@ class TeacherTraining(Stage):
     def check_data(self, data: ImageDataModule) -> None:
         """Images, classes and stored tokens must be those of tokenizer and model; new text encoders learn words."""
         check_conditions(data, self.model)
-        check_images(data, self.tokenizer)
+        self.check_images(data, self.tokenizer)
         if self.token_noise and data.batch_size < 2:
             raise ValueError(f"data.batch_size: expected at least 2 with token_noise, got {data.batch_size}")
         encoder = self.model.text_encoder
@@ -201,15 +204,18 @@ class TeacherTraining(Stage):
 
     def _loss(self, example: _Example, condition: Condition, noise: SampleRandom) -> Tensor:
         if isinstance(self.model, AutoregressiveTransformer):
-            even = torch.full(example.tokens.shape, 1 / example.tokens.numel(), device=self.device)
+            shape, wide = example.tokens.shape, torch.float32
+            even = torch.full(shape, 1 / example.tokens.numel(), dtype=wide, device=self.device)
             return self._weighted_loss(example.tokens, condition, example, even)
         sites = self.model.num_sites
-        counts = mask_counts(draw_mask_ratio(self.mask_law, noise.uniform()), sites)
-        mask = exact_mask(counts, noise.uniform(sites))
         if self.weighting == "elbo":
-            weights = mask * (sites / counts).unsqueeze(-1) / mask.numel()
+            counts = (noise.uniform() * sites).long() + 1  # each of 1..N as often
+            mask = exact_mask(counts, noise.uniform(sites))
+            weights = mask.float() * (sites / counts.float()).unsqueeze(-1) / mask.numel()
         else:
-            weights = mask / mean_over_ranks(mask.sum())
+            counts = mask_counts(draw_mask_ratio(self.mask_law, noise.uniform()), sites)
+            mask = exact_mask(counts, noise.uniform(sites))
+            weights = mask.float() / mean_over_ranks(mask.sum())
         seen = self._with_token_noise(example.tokens, noise)
         embeddings = self.model.embed(seen.masked_fill(mask, self.model.mask_id))
         return self._weighted_loss(embeddings, condition, example, weights)
@@ -262,6 +268,8 @@ class TeacherTraining(Stage):
         if self.target != "snce":
             return
         entropy = self._settle_tau()
+        if entropy is None:
+            return
         spread = entropy.exp()
         mean, median = spread.mean().item(), spread.median().item()
         if self.trainer.is_global_zero:
@@ -282,14 +290,18 @@ class TeacherTraining(Stage):
         self.on_validation_start()
 
     @torch.no_grad()
-    def _settle_tau(self) -> Tensor:
-        """Measure 2 tau^2 on training data where it is `auto`; the entropies of q there, (n,)."""
+    def _settle_tau(self) -> Tensor | None:
+        """Measure 2 tau^2 on training data where it is `auto`; the entropies of q there, (n,), or None without any."""
         self._settled = True
         if self.neighbour_table is not None:
             self.neighbour_table = self.neighbour_table.to(self.device)
-        if getattr(self.trainer, "datamodule", None) is None:
-            raise ValueError("data: expected a data module, which 2 tau^2 is measured on, got bare loaders")
-        source = self.trainer.datamodule.train_source()  # type: ignore[attr-defined]
+        data = getattr(self.trainer, "datamodule", None)
+        if not isinstance(data, ImageDataModule):
+            if self.two_tau_squared != "auto":
+                return None
+            got = "bare loaders" if data is None else f"a {type(data).__name__}"
+            raise ValueError(f"data: expected an ImageDataModule, which 2 tau^2 is measured on, got {got}")
+        source = data.train_source()
         # The same images and sites on every process, and whatever the order of the data.
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "two_tau_squared"))
         images = torch.randperm(len(source), generator=generator)[:_TAU_IMAGES].tolist()

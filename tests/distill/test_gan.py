@@ -15,6 +15,7 @@ from softgen.random import SampleRandom, derive_seed
 from softgen.relaxation import Relaxation, expected_embedding
 from softgen.testing import count_calls
 from softgen.tokenizers import ConvVQTokenizer
+from softgen.training import OptimizerConfig
 
 BATCH = 6
 
@@ -247,6 +248,7 @@ def test_sharpen_of_a_student_whose_probabilities_underflow() -> None:
             "GAN.relaxation.kind: expected one of soft, gumbel_st, st, soft_topk, annealed "
             "(hard tokens have no gradient), got 'hard'",
         ),
+        ({"optimizer": OptimizerConfig(muon_lr=0.1)}, "GAN.optimizer.muon_lr: expected none, got 0.1"),
         ({"taps": []}, "GAN.taps: expected at least one layer, got none"),
         ({"head_width": 0}, "GAN.head_width: expected at least 1, got 0"),
         ({"weight": "atuo"}, "GAN.weight: expected 'auto' or a number of at least 0, got 'atuo'"),

@@ -78,6 +78,31 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def test_the_scale_of_a_clip_comes_down_again() -> None:
+    clip = OpenCLIP(architecture=TINY_CLIP)
+    with torch.no_grad():
+        clip.model.logit_scale.fill_(4.7)
+    clip.limit_logit_scale()
+    assert clip.logit_scale.item() == pytest.approx(100, rel=1e-4)
+    clip.logit_scale.backward()
+    assert clip.model.logit_scale.grad > 0
+
+
+def test_the_cosines_of_a_clip_keep_their_precision_under_autocast() -> None:
+    stage = CLIPTraining(model=OpenCLIP(architecture=TINY_CLIP))
+    seen: list[torch.Tensor] = []
+
+    def keep(images: torch.Tensor, texts: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        seen.append(images @ texts.T)
+        return seen[-1].sum()
+
+    stage._loss = keep
+    stage.report = lambda batch, losses, logs: losses["clip"]  # type: ignore[method-assign]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        stage.training_step({"image": torch.rand(3, 3, 16, 16), "prompt": PROMPTS}, 0)
+    assert seen[0].dtype == torch.float32
+
+
 def test_a_teacher_learns_its_words_from_the_captions(folder: Path) -> None:
     teacher = load_model(folder / "teacher" / "model")
     assert isinstance(teacher.text_encoder, WordTextEncoder)

@@ -178,6 +178,12 @@ def test_visible_proxies_weigh_a_tenth() -> None:
     got = proxy_loss(logits, target, torch.tensor([[True, False]]))
     assert got.item() == pytest.approx((hidden + 0.1 * visible) / 1.1, rel=1e-6)
     assert proxy_loss(logits, target).item() == pytest.approx((hidden + visible) / 2, rel=1e-6)
+    many = logits.repeat(512, 128, 1), target.repeat(512, 128), torch.ones(512, 256, dtype=torch.bool)
+    torch.set_default_dtype(torch.float16)  # as trainers do in half precision
+    try:
+        assert proxy_loss(*many).item() == pytest.approx((hidden + visible) / 2, rel=1e-4)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_sizes_and_steps_come_from_the_checkpoint(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from softgen.data import Digits, TokenCache, write_token_cache
 from softgen.data.base import Batch
@@ -79,7 +80,8 @@ def _loss(stage: TeacherTraining, batch: Batch) -> float:
 @pytest.mark.parametrize("target", ["hard", "label_smoothing", "snce"])
 @pytest.mark.parametrize("weighting", ["uniform", "elbo"])
 def test_loss_falls(tokenizer: ConvVQTokenizer, target: str, weighting: str) -> None:
-    stage = _stage(tokenizer, target=target, weighting=weighting)
+    law = "linear" if weighting == "elbo" else "arccos"
+    stage = _stage(tokenizer, target=target, weighting=weighting, mask_law=law)
     data = Digits(batch_size=64)
     _trainer(1).fit(stage, datamodule=data)
     before = _loss(stage, _batch(256))
@@ -191,9 +193,51 @@ def test_trains_on_a_token_cache(tokenizer: ConvVQTokenizer, tmp_path: Path) -> 
     assert trainer.global_step == 3
 
 
+def test_elbo_masks_every_number_of_sites_as_often(tokenizer: ConvVQTokenizer) -> None:
+    """As eq. 15 has it for t that is uniform."""
+    stage = _stage(tokenizer, weighting="elbo", mask_law="linear")
+    seen: list[Tensor] = []
+
+    def keep(embeddings: Tensor, condition: object, example: object, weights: Tensor) -> Tensor:
+        seen.append((weights > 0).sum(dim=1))
+        return weights.sum()
+
+    stage._weighted_loss = keep  # type: ignore[assignment, method-assign]
+    _loss(stage, _batch(1408))
+    counts = torch.bincount(seen[0], minlength=17)
+    assert counts[0] == 0
+    assert (
+        (counts[1:] - 88).abs() < 30
+    ).all()  # 3.3 standard deviations; rounding t N would give 132 and 44 at the ends
+
+
+def test_elbo_needs_the_law_that_it_is_of(tokenizer: ConvVQTokenizer) -> None:
+    with pytest.raises(ValueError, match=r"^model.mask_law: expected linear with weighting elbo, got arccos$"):
+        _stage(tokenizer, weighting="elbo")
+
+
+def test_tokens_go_with_a_tokenizer_whose_type_the_trainer_has_changed(
+    tokenizer: ConvVQTokenizer, tmp_path: Path
+) -> None:
+    write_token_cache(tmp_path / "tokens", tokenizer, Digits(), progress=False)
+    data = TokenCache(str(tmp_path / "tokens"), batch_size=32)
+    stage = _stage(tokenizer)
+    stage.check_data(data)
+    stage.to(torch.bfloat16)
+    stage.check_data(data)
+
+
+@pytest.mark.filterwarnings("ignore:.*num_workers")
+def test_a_two_tau_squared_that_is_given_needs_no_data_module(tokenizer: ConvVQTokenizer) -> None:
+    loader = DataLoader([_batch()], batch_size=None)
+    _trainer(1).fit(_stage(tokenizer, target="snce", two_tau_squared=0.3), train_dataloaders=loader)
+    with pytest.raises(ValueError, match=r"^data: expected an ImageDataModule, .* measured on, got bare loaders$"):
+        _trainer(1).fit(_stage(tokenizer, target="snce"), train_dataloaders=loader)
+
+
 def test_elbo_weights_by_the_mask_ratio(tokenizer: ConvVQTokenizer) -> None:
     """With constant logits the per-site loss is log K, so eq. 15's estimate is log K exactly, whatever t."""
-    stage = _stage(tokenizer, weighting="elbo")
+    stage = _stage(tokenizer, weighting="elbo", mask_law="linear")
     with torch.no_grad():
         stage.model.head.weight.zero_()  # type: ignore[union-attr, operator]
         stage.model.head.bias.zero_()  # type: ignore[union-attr, operator]
@@ -211,7 +255,8 @@ def test_the_fused_loss_is_the_dense_one_and_says_so_once(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    stage = build(tokenizer, target=target, weighting=weighting)
+    law = "linear" if weighting == "elbo" else "arccos"
+    stage = build(tokenizer, target=target, weighting=weighting, mask_law=law)
     torch.nn.init.normal_(stage.model.head.weight)  # type: ignore[union-attr, arg-type]
     _trainer(1).fit(stage, datamodule=Digits(batch_size=8))
     stage.report = lambda batch, losses, logs: losses[target]  # type: ignore[method-assign]

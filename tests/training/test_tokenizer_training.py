@@ -103,6 +103,22 @@ def test_losses_that_keep_float32_refuse_half_precision(name: str, options: dict
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"augment": ()}, "model.adversarial.consistency: expected 0 where nothing is augmented, got 4.0"),
+        (
+            {"optimizer": OptimizerConfig(muon_lr=0.02)},
+            "model.adversarial.optimizer.muon_lr: expected none, got 0.02",
+        ),
+    ],
+)
+def test_options_of_a_discriminator_that_would_do_nothing(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=r"^model") as caught:
+        build(adversarial=Adversarial(channels=4, **options))
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
         (
             {},
             "model.mse_weight: expected more than 0 where l1_weight is 0 and there is neither perceptual nor "
