@@ -9,10 +9,10 @@ from torch import Tensor
 from distill.objectives.base import Objective
 from distill.weighting import MAX_WEIGHT
 
-_LARGEST_MARGIN = 10.0
-"""Margin over temperature at which a warning is due: a softmax scales the gradient of such a site by about exp(-10)."""
-_MARGIN_TO_AIM_AT = 4.0
-"""Margin over temperature that the warning proposes."""
+_LARGEST_MARGIN = 6.0
+"""Margin over temperature at which a warning is due: a softmax scales the gradient of such a site by about exp(-6)."""
+_MARGIN_TO_AIM_AT = 2.5
+"""Margin over temperature that the warning proposes: at 7.5 a reward gave half as much on shapes as at 2.5."""
 
 
 def warn_of_cut_weights(objectives: Iterable[Objective], metrics: Mapping[str, Tensor]) -> None:
