@@ -294,10 +294,11 @@ def _sources(
         return {"autoregressive": autoregressive_tokens(opened, sampling)}
     assert isinstance(opened, MaskedDiffusionModel)
     if sampler == "published":
+        published = published_sampler(opened)
         check_published_alone(guidance=guidance, temperature=temperature, confidence_noise=confidence_noise)
         for count in steps:
             check_published_alone(steps=count)
-        return {"published": teacher_tokens(opened, published_sampler(opened))}
+        return {"published": teacher_tokens(opened, published)}
     sources = {}
     for count in steps:
         chosen: MaskGITSampler | HaltonSampler = HaltonSampler(steps=count, guidance=guidance, temperature=temperature)

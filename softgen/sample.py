@@ -128,6 +128,7 @@ def sample(
     else:
         assert isinstance(backbone, MaskedDiffusionModel)
         if sampler == "published":
+            chosen: Sampler = published_sampler(backbone)
             check_published_alone(
                 steps=steps,
                 schedule=schedule,
@@ -135,7 +136,6 @@ def sample(
                 temperature=temperature,
                 confidence_noise=confidence_noise,
             )
-            chosen: Sampler = published_sampler(backbone)
         else:
             common: dict[str, Any] = {"steps": steps, "schedule": schedule, "guidance": guidance}
             masked = (

@@ -108,15 +108,15 @@ def grid_factor(widths: Sequence[int], *, key: str, image_size: int, groups: int
     """
     if not widths:
         raise ValueError(f"tokenizer.{key}: expected at least one level, got none")
+    factor: int = 2 ** (len(widths) - 1)
+    if image_size < factor or image_size % factor:
+        raise ValueError(f"tokenizer.image_size: expected a multiple of {factor}, got {image_size}")
     for name, value in counts.items():
         if value < 1:
             raise ValueError(f"tokenizer.{name}: expected at least 1, got {value}")
     for width in widths:
         if width < 1 or width % groups:
             raise ValueError(f"tokenizer.{key}: expected levels of a multiple of {groups} channels, got {width}")
-    factor: int = 2 ** (len(widths) - 1)
-    if image_size < factor or image_size % factor:
-        raise ValueError(f"tokenizer.image_size: expected a multiple of {factor}, got {image_size}")
     return factor
 
 
