@@ -12,7 +12,7 @@ from softgen.devices import on_accelerator
 from softgen.flow import FlowSampler
 from softgen.models.autoregressive import AutoregressiveTransformer
 from softgen.models.base import MaskedDiffusionModel
-from softgen.models.conditions import Asked
+from softgen.models.conditions import Asked, check_prompts
 from softgen.models.generator import OneStepGenerator
 from softgen.models.sit import SiT
 from softgen.random import SampleRandom, derive_seed
@@ -92,10 +92,10 @@ def generate_batches(
         first: Number of the first image, for those that are made in several calls.
 
     Raises:
-        ValueError: One text is given instead of a list of them.
+        ValueError: One text is given instead of a list of them, or no prompt.
     """
-    if isinstance(asked, str):
-        raise ValueError(f"asked: expected a list of prompts, got the text {asked!r}")
+    if not isinstance(asked, Tensor):
+        check_prompts(asked, key="asked")
     device = tokenizer.codebook.device if isinstance(tokenizer, ImageTokenizer) else next(tokenizer.parameters()).device
     for ordinals in tqdm(list(_slices(len(asked), batch_size)), desc=progress, disable=progress is None):
         numbers = range(first + ordinals.start, first + ordinals.stop)
